@@ -1,0 +1,1 @@
+"""Machines: find, create, reach, destroy. One file a backend."""

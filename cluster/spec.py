@@ -1,0 +1,66 @@
+"""Machines as values: the kinds known by name, and how many of one a config asks for. Standard library only."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.config import Recipe
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of machine. `usd_per_hour` is the on-demand list price, Linux, us-east-1, in July 2025."""
+    name: str
+    gpus: int
+    gpu: str
+    gpu_memory_gib: int
+    cores: int                                    # vCPUs
+    memory_gib: int
+    usd_per_hour: float
+
+
+KINDS = {kind.name: kind for kind in (
+    Kind("p3.2xlarge", 1, "V100", 16, 8, 61, 3.06),
+    Kind("p3.8xlarge", 4, "V100", 16, 32, 244, 12.24),
+    Kind("p3.16xlarge", 8, "V100", 16, 64, 488, 24.48),
+    Kind("p3dn.24xlarge", 8, "V100", 32, 96, 768, 31.212),
+    Kind("p4d.24xlarge", 8, "A100", 40, 96, 1152, 21.957642),      # 32.7726 before the cut of June 2025
+)}
+LOCAL = "local"                                   # the machine the command is typed on, whatever it is
+
+
+@dataclass(frozen=True)
+class Machines:
+    """What to launch: `count` machines of one kind (a name from KINDS, any other EC2 type, or LOCAL)."""
+    kind: str
+    count: int = 1
+    spot: bool = True
+    gpus: int | None = None                       # used on each machine; None: all it has
+
+    def __post_init__(self):
+        if self.count < 1:
+            raise ValueError(f"a cluster has at least 1 machine, not {self.count}")
+        if not self.kind:
+            raise ValueError("machines.kind is empty; name an instance type, for example p4d.24xlarge")
+
+    @property
+    def gpus_per_machine(self) -> int | None:
+        """None where the kind is not in the table."""
+        if self.gpus is not None:
+            return self.gpus
+        return KINDS[self.kind].gpus if self.kind in KINDS else None
+
+    @property
+    def usd_per_hour(self) -> float | None:
+        """On-demand dollars per hour for all of them; 0 for this machine, None where the kind is not in the table."""
+        if self.kind == LOCAL:
+            return 0.0
+        return KINDS[self.kind].usd_per_hour * self.count if self.kind in KINDS else None
+
+
+@dataclass(frozen=True)
+class Config:
+    """One named line of configs.py: what to train, on what, and the published result it stands for."""
+    recipe: Recipe
+    machines: Machines
+    group: str                                    # heading under which --help lists it
+    about: str                                    # the result it reproduces and where that number comes from

@@ -1,0 +1,155 @@
+"""What a training run is, apart from its model: frozen values, checked when made. Standard library only.
+
+What can move the loss curve stands in `Batch`, `Optim`, `Schedule`, `Stop`, the precision and the seed;
+what only moves the clock stands in `Clock`.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class LinearLr:
+    """The linear scaling rule (arXiv:1706.02677): lr = base_lr * sequences per step / base_batch."""
+    base_lr: float
+    base_batch: int = 32
+
+
+@dataclass(frozen=True)
+class Optim:
+    """The optimizer. `eps`, `betas` and the LAMB options mean what they mean in engine/optim.py."""
+    name: Literal["lamb", "adamw", "adam", "sgd", "adagrad"]
+    lr: float | LinearLr                          # the peak: the schedule multiplies it
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    momentum: float = 0.0                         # sgd only
+    clip: float | None = 0.25                     # global gradient norm; None: no clipping
+    bias_correction: bool = True                  # lamb only, as are the two below
+    trust_ratio: bool = True
+    max_weight_norm: float | None = 10.0          # the paper's phi: the weight norm counts up to this
+
+    def __post_init__(self):
+        lr = self.lr.base_lr if isinstance(self.lr, LinearLr) else self.lr
+        if lr < 0 or self.weight_decay < 0 or self.eps < 0 or not all(0 <= b < 1 for b in self.betas):
+            raise ValueError("lr, weight_decay and eps must not be negative, and betas must lie in [0, 1)")
+        if self.clip is not None and self.clip <= 0:
+            raise ValueError("clip must be positive; use none for no clipping")
+
+    def peak_lr(self, batch_size: int) -> float:
+        """The learning rate for `batch_size` sequences per step over all ranks."""
+        if isinstance(self.lr, LinearLr):
+            return self.lr.base_lr * batch_size / self.lr.base_batch
+        return self.lr
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate moves: a pure function of steps or tokens (engine/schedule.py).
+
+    Warm-up is linear and counts the step being taken, so the first step has lr/warmup_steps, not zero and not lr.
+    The horizon is where a cosine reaches `eta_min`; None: where training stops.
+    """
+    name: Literal["cosine", "inv_sqrt", "constant", "plateau"] = "cosine"
+    warmup_steps: int = 0
+    warmup_tokens: int = 0
+    horizon_steps: int | None = None
+    horizon_tokens: int | None = None
+    eta_min: float = 0.0                          # lowest learning rate (absolute) of cosine and plateau
+    decay_rate: float = 0.5                       # plateau: factor after `patience` evaluations without a better loss
+    patience: int = 0
+
+    def __post_init__(self):
+        if self.warmup_steps and self.warmup_tokens:
+            raise ValueError("give warmup_steps or warmup_tokens, not both")
+        if self.horizon_steps is not None and self.horizon_tokens is not None:
+            raise ValueError("give horizon_steps or horizon_tokens, not both")
+        if min(self.warmup_steps, self.warmup_tokens, self.eta_min, self.patience) < 0:
+            raise ValueError("warmup, eta_min and patience must not be negative")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences per optimizer step: `size` over all ranks or `local_size` on each; exactly one of the two.
+
+    A rank that holds more than `micro_size` sequences takes them in that many at a time and accumulates gradients
+    (NVIDIA's batch_chunk = sequences of a rank / micro_size). Ranks may hold unequal shares.
+    """
+    size: int | None = None
+    local_size: int | None = None
+    micro_size: int | None = None
+
+    def __post_init__(self):
+        if (self.size is None) == (self.local_size is None):
+            raise ValueError("give exactly one of batch.size (over all ranks) and batch.local_size (on each rank); "
+                             "set the other to none")
+        if min(x for x in (self.size, self.local_size, self.micro_size) if x is not None) < 1:
+            raise ValueError("batch sizes must be at least 1")
+
+    def total(self, ranks: int) -> int:
+        """Sequences per step over all ranks. Raises ValueError where a rank would have none."""
+        total = self.size if self.size is not None else self.local_size * ranks
+        if total < ranks:
+            raise ValueError(f"batch.size {total} leaves some of the {ranks} ranks without a sequence. "
+                             f"Use at most {total} ranks or a larger batch")
+        return total
+
+    def share(self, rank: int, ranks: int) -> range:
+        """The sequences of one rank: contiguous blocks that differ by at most one in length."""
+        total = self.total(ranks)
+        return range(rank * total // ranks, (rank + 1) * total // ranks)
+
+    def micro_batches(self, rank: int, ranks: int) -> list[range]:
+        """A rank's share cut into the pieces it takes one after the other."""
+        share = self.share(rank, ranks)
+        size = self.micro_size or len(share)
+        return [share[i:i + size] for i in range(0, len(share), size)]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Where training ends: after whichever of the two comes first. At least one is given."""
+    max_steps: int | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self):
+        if self.max_steps is None and self.max_tokens is None:
+            raise ValueError("give stop.max_steps or stop.max_tokens: a run must have an end")
+        if min(x for x in (self.max_steps, self.max_tokens) if x is not None) < 1:
+            raise ValueError("stop.max_steps and stop.max_tokens must be at least 1")
+
+    def reached(self, step: int, tokens: int) -> bool:
+        return ((self.max_steps is not None and step >= self.max_steps)
+                or (self.max_tokens is not None and tokens >= self.max_tokens))
+
+
+@dataclass(frozen=True)
+class Clock:
+    """What does not move the loss curve. Intervals are in optimizer steps."""
+    log_interval: int = 100
+    eval_interval: int = 4000
+    checkpoint_interval: int = 1000               # besides one at every better evaluation and at the end
+    keep_checkpoints: int = 2                     # the newest; the best is always kept
+    compile: bool = False                         # torch.compile of each layer
+
+    def __post_init__(self):
+        if min(self.log_interval, self.eval_interval, self.checkpoint_interval, self.keep_checkpoints) < 1:
+            raise ValueError("intervals and keep_checkpoints must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What every model's recipe has; the model's own adds its types. `entry` is the module torchrun starts."""
+    entry: ClassVar[str]
+    batch: Batch
+    optim: Optim
+    schedule: Schedule
+    stop: Stop
+    precision: Precision = "fp32"
+    seed: int = 1111
+    divergence_nats: float = 3.0                  # stop when the loss is this far above the run's lowest
+    init_from: str | None = None                  # a run or checkpoint whose weights training starts from
+    clock: Clock = field(default_factory=Clock)

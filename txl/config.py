@@ -1,0 +1,137 @@
+"""Transformer-XL's types: model, data, context lengths, recipe. Frozen values, standard library only.
+
+Names are those of the paper (arXiv:1901.02860) and of its ancestors' options.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from engine import config as engine
+
+Dataset = Literal["wt103", "wt2", "ptb", "enwik8", "text8", "lm1b", "stdlib", "text"]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shape, regularisation and initialisation. With `cutoffs` embedding and softmax are adaptive.
+
+    cutoffs (20000, 40000, 200000) makes a head of the 20,000 first words and three tail clusters; with div_val v,
+    cluster i has embeddings of d_embed / v**i dimensions, projected to d_model.
+    """
+    n_layer: int
+    d_model: int
+    n_head: int
+    d_head: int
+    d_inner: int
+    d_embed: int | None = None                    # None: d_model
+    dropout: float = 0.1
+    dropatt: float = 0.0
+    pre_lnorm: bool = False
+    final_lnorm: bool = False                     # a last norm after the layers; pre_lnorm's ancestors had none
+    untie_r: bool = False                         # u and v of each layer's own rather than shared
+    tie_weight: bool = True                       # softmax weights are the embedding's
+    tie_projs: tuple[bool, ...] | None = None     # by cluster, head first; None: all but the head
+    cutoffs: tuple[int, ...] = ()
+    div_val: int = 1
+    init: Literal["normal", "uniform"] = "normal"
+    init_std: float = 0.02
+    init_range: float = 0.1
+    proj_init_std: float = 0.01
+
+    def __post_init__(self):
+        if min(self.n_layer, self.d_model, self.n_head, self.d_head, self.d_inner, self.div_val) < 1:
+            raise ValueError("n_layer, d_model, n_head, d_head, d_inner and div_val must be at least 1")
+        if self.d_model % 2:
+            raise ValueError(f"d_model must be even (half of it sines, half cosines), not {self.d_model}")
+        if not (0 <= self.dropout < 1 and 0 <= self.dropatt < 1):
+            raise ValueError("dropout and dropatt must lie in [0, 1)")
+        if list(self.cutoffs) != sorted(set(self.cutoffs)) or min(self.cutoffs, default=1) < 1:
+            raise ValueError(f"cutoffs must be positive and rise, not {self.cutoffs}")
+        if self.div_val > 1 and not self.cutoffs:
+            raise ValueError("div_val above 1 needs cutoffs: it shrinks the embeddings of the tail clusters")
+        if self.d_embed_of(len(self.cutoffs)) < 1:
+            raise ValueError("div_val leaves the last cluster no dimension")
+        if self.tie_projs is not None and len(self.tie_projs) != len(self.cutoffs) + 1:
+            raise ValueError(f"tie_projs needs one entry for the head and one a cluster: {len(self.cutoffs) + 1}")
+
+    def d_embed_of(self, cluster: int) -> int:
+        """Embedding width of a cluster; 0 is the head."""
+        return (self.d_embed or self.d_model) // self.div_val ** cluster
+
+    def ties_proj(self, cluster: int) -> bool:
+        return cluster > 0 if self.tie_projs is None else self.tie_projs[cluster]
+
+
+@dataclass(frozen=True)
+class Context:
+    """How much text one step sees, in tokens: it predicts tgt_len, re-reads ext_len, remembers mem_len.
+
+    clamp_len caps the distance that positions express; same_length lets every query see exactly the
+    mem_len tokens before it (and itself) rather than between mem_len and mem_len + tgt_len.
+    """
+    tgt_len: int
+    mem_len: int
+    ext_len: int = 0
+    clamp_len: int | None = None
+    same_length: bool = False
+
+    def __post_init__(self):
+        if self.tgt_len < 1 or self.mem_len < 0 or self.ext_len < 0 or (self.clamp_len or 1) < 1:
+            raise ValueError("tgt_len and clamp_len must be at least 1, mem_len and ext_len not negative")
+
+
+@dataclass(frozen=True)
+class Data:
+    """A text and how it becomes tokens. `dir` holds {train,valid,test}.txt; tokens are cached beside them."""
+    dataset: Dataset
+    dir: str
+    vocab: Literal["word", "byte", "bpe"] = "word"
+    n_token: int | None = None                    # what the vocabulary must hold: checked; for bpe, made so large
+    bpe_files: str | None = None                  # a folder with encoder.json and vocab.bpe (GPT-2's) instead
+    lower_case: bool = False
+    min_freq: int = 0                             # words rarer than this become <unk>
+    max_size: int | None = None                   # only the most frequent words; the rest become <unk>
+
+    def __post_init__(self):
+        if self.vocab == "bpe" and self.n_token is None:
+            raise ValueError("a bpe vocabulary needs n_token, its size")
+        if self.vocab == "byte" and self.n_token not in (None, 256):
+            raise ValueError("a byte vocabulary has exactly 256 tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(engine.Recipe):
+    """A Transformer-XL training run as one value: with the data it names, everything that makes the number."""
+    entry: ClassVar[str] = "txl.train"
+    model: Model
+    data: Data
+    context: Context
+    eval_context: Context                         # validation while training
+    test_context: Context | None = None           # the test at the end; None: eval_context
+    eval_streams: int = 16                        # parallel streams a split is cut into; part of the protocol
+
+    def __post_init__(self):
+        if self.eval_streams < 1:
+            raise ValueError("eval_streams must be at least 1")
+        if self.data.n_token is not None and self.model.cutoffs and self.model.cutoffs[-1] >= self.data.n_token:
+            raise ValueError(f"the last cutoff {self.model.cutoffs[-1]} must be below the {self.data.n_token} tokens "
+                             f"of the vocabulary")
+
+
+def n_params(model: Model, n_token: int) -> int:
+    """Trainable parameters of `model` over a vocabulary of `n_token`, without building it."""
+    d, heads = model.d_model, model.n_head * model.d_head
+    attention = 3 * d * heads + heads * d + d * heads + 2 * d        # q, k, v; out; r; norm
+    feed_forward = 2 * d * model.d_inner + model.d_inner + d + 2 * d
+    biases_uv = 2 * heads * (model.n_layer if model.untie_r else 1)
+    edges = (0, *model.cutoffs, n_token)
+    sizes = [high - low for low, high in zip(edges, edges[1:])]
+    tables = sum(size * model.d_embed_of(i if model.div_val > 1 else 0) for i, size in enumerate(sizes))
+    clusters = len(model.cutoffs) * (model.d_embed_of(0) + 1)
+    projected = model.div_val > 1 or model.d_embed_of(0) != d
+    in_projs = [d * model.d_embed_of(i) for i in range(len(sizes) if model.div_val > 1 else 1)] if projected else []
+    out_projs = [d * model.d_embed_of(i if model.div_val > 1 else 0) for i in range(len(sizes))
+                 if projected and not model.ties_proj(i)]
+    return (model.n_layer * (attention + feed_forward) + biases_uv + (2 * d if model.final_lnorm else 0)
+            + tables * (1 if model.tie_weight else 2) + n_token + clusters + sum(in_projs) + sum(out_projs))
