@@ -118,6 +118,14 @@ class Recipe(engine.Recipe):
             raise ValueError(f"the last cutoff {self.model.cutoffs[-1]} must be below the {self.data.n_token} tokens "
                              f"of the vocabulary")
 
+    @property
+    def tokens_per_sequence(self) -> int:
+        return self.context.tgt_len
+
+    @property
+    def params(self) -> int | None:
+        return n_params(self.model, self.data.n_token) if self.data.n_token is not None else None
+
 
 def n_params(model: Model, n_token: int) -> int:
     """Trainable parameters of `model` over a vocabulary of `n_token`, without building it."""
@@ -135,3 +143,17 @@ def n_params(model: Model, n_token: int) -> int:
                  if projected and not model.ties_proj(i)]
     return (model.n_layer * (attention + feed_forward) + biases_uv + (2 * d if model.final_lnorm else 0)
             + tables * (1 if model.tie_weight else 2) + n_token + clusters + sum(in_projs) + sum(out_projs))
+
+
+def train_flops_per_token(model: Model, context: Context) -> float:
+    """Floating-point operations that training needs per target, forward and backward; tail clusters not counted.
+
+    A product of [m, k] and [k, n] is 2mkn. Keys and values of the memory are computed anew but get no gradient of
+    their input; half of the tgt_len x tgt_len scores are masked and not needed; relative positions are shared by the
+    batch and left out.
+    """
+    width, d = model.n_head * model.d_head, model.d_model
+    per_token = 2 * (4 * d * width + 2 * d * model.d_inner) + 3 * 2 * width * (context.mem_len + context.tgt_len / 2)
+    memory = 2 * 2 * d * width * context.mem_len / context.tgt_len
+    head = 2 * d * (model.cutoffs[0] + len(model.cutoffs) if model.cutoffs else 0)
+    return model.n_layer * (3 * per_token + 2 * memory) + 3 * head

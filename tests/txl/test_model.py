@@ -1,0 +1,246 @@
+"""The model against the paper's formulas in loops, in float64: forward and every gradient."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tests.txl import reference
+from txl.adaptive import IGNORE
+from txl.config import Context, Model, n_params, train_flops_per_token
+from txl.model import TransformerXL, position_embedding, rel_shift
+
+SMALL = dict(n_layer=2, d_model=8, n_head=2, d_head=3, d_inner=10, dropout=0.0)
+V = 13                                            # vocabulary
+MODELS = {
+    "plain": Model(**SMALL),
+    "pre_lnorm": Model(**SMALL, pre_lnorm=True),
+    "pre_lnorm_final": Model(**SMALL, pre_lnorm=True, final_lnorm=True),
+    "untie_r": Model(**SMALL, untie_r=True),
+    "adaptive": Model(**SMALL, cutoffs=(4, 9)),
+    "adaptive_untied": Model(**SMALL, cutoffs=(4, 9), tie_weight=False),
+    "adaptive_div": Model(**SMALL, cutoffs=(4, 9), div_val=2),
+    "adaptive_div_all_tied": Model(**SMALL, cutoffs=(4, 9), div_val=2, tie_projs=(True, True, True)),
+    "adaptive_div_none_tied": Model(**SMALL, cutoffs=(4, 9), div_val=2, tie_projs=(False, False, False)),
+    "projected": Model(**SMALL, d_embed=6),
+    "projected_adaptive": Model(**SMALL, d_embed=6, cutoffs=(4, 9), tie_projs=(False, True, False)),
+    "projected_untied": Model(**SMALL, d_embed=6, cutoffs=(4, 9), tie_weight=False),
+}
+CONTEXTS = {
+    "memory": Context(tgt_len=4, mem_len=5),
+    "no_memory": Context(tgt_len=4, mem_len=0),
+    "short_memory": Context(tgt_len=4, mem_len=2),
+    "clamp_len": Context(tgt_len=4, mem_len=5, clamp_len=3),
+    "same_length": Context(tgt_len=4, mem_len=5, same_length=True),
+    "same_length_clamped": Context(tgt_len=4, mem_len=3, same_length=True, clamp_len=2),
+    "ext_len": Context(tgt_len=3, mem_len=4, ext_len=2),
+    "ext_len_no_memory": Context(tgt_len=3, mem_len=0, ext_len=2),
+}
+
+
+def build(model: Model, n_token: int = V, seed: int = 0) -> TransformerXL:
+    torch.manual_seed(seed)
+    net = TransformerXL(model, n_token).double()
+    with torch.no_grad():                         # away from the initial values, where much is zero or tiny
+        for p in net.parameters():
+            p.add_(torch.randn_like(p) * 0.3)
+    return net
+
+
+def run_slowly(net, model, tokens, context):
+    """The negative log-likelihoods [B][T] of all segments, by the reference, its memory kept as lists."""
+    B, T = len(tokens), context.tgt_len
+    past = [[[] for _ in range(B)] for _ in range(model.n_layer)]
+    nlls = []
+    for first in range(0, len(tokens[0]) - 1, T):
+        again = min(context.ext_len, first)
+        window = [stream[first - again:first + T] for stream in tokens]
+        hidden, inputs = reference.forward(net, model, window, past, context)
+        for b in range(B):
+            for t in range(T):
+                nlls.append(-reference.log_prob(net, model, hidden[b][again + t], tokens[b][first + t + 1]))
+        for i in range(model.n_layer):
+            for b in range(B):
+                remembered = inputs[i][b][:max(0, len(window[b]) - context.ext_len)]
+                whole = past[i][b] + [h.detach() for h in remembered]
+                past[i][b] = whole[len(whole) - context.mem_len:] if context.mem_len < len(whole) else whole
+    return torch.stack(nlls)
+
+
+def run_fast(net, tokens, context):
+    tokens = torch.tensor(tokens)
+    memory, nlls = None, []
+    for first in range(0, tokens.size(1) - 1, context.tgt_len):
+        again = min(context.ext_len, first)
+        nll, memory = net(tokens[:, first - again:first + context.tgt_len],
+                          tokens[:, first + 1:first + 1 + context.tgt_len], memory, context)
+        nlls.append(nll.flatten())
+    return torch.cat(nlls)
+
+
+@pytest.mark.parametrize(("model", "context"), [
+    *((MODELS[name], CONTEXTS["memory"]) for name in MODELS),
+    *((MODELS["plain"], CONTEXTS[name]) for name in CONTEXTS if name != "memory"),
+    (MODELS["pre_lnorm"], CONTEXTS["same_length"]),
+    (MODELS["untie_r"], CONTEXTS["ext_len"]),
+], ids=[*MODELS, *(name for name in CONTEXTS if name != "memory"), "pre_lnorm_same_length", "untie_r_ext_len"])
+def test_three_segments_match_the_formulas_forward_and_backward(model, context):
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(0, V, (2, 3 * context.tgt_len + 1), generator=generator).tolist()
+    net = build(model)
+
+    expected = run_slowly(net, model, tokens, context)
+    weights = torch.randn(len(expected), generator=generator, dtype=torch.float64)   # every target counts differently
+    (expected * weights).sum().backward()
+    expected_gradients = {name: p.grad for name, p in net.named_parameters()}
+    net.zero_grad()
+    found = run_fast(net, tokens, context)
+    (found * weights).sum().backward()
+
+    assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for name, p in net.named_parameters():
+        gradient = torch.zeros_like(p) if expected_gradients[name] is None else expected_gradients[name]
+        assert_close(p.grad, gradient, rtol=1e-8, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_two_segments_with_memory_equal_one_long_segment():
+    for model in (MODELS["plain"], MODELS["pre_lnorm"], MODELS["adaptive_div"]):
+        net, tokens = build(model), torch.randint(0, V, (3, 17)).tolist()
+        for clamp_len in (None, 4):
+            long = run_fast(net, tokens, Context(16, 0, clamp_len=clamp_len)).view(3, 16)
+            short = run_fast(net, tokens, Context(8, 8, clamp_len=clamp_len)).view(2, 3, 8).transpose(0, 1).reshape(3, 16)
+            assert_close(short, long, rtol=1e-10, atol=1e-10)
+
+
+def test_same_length_lets_every_query_see_mem_len_tokens_before_it():
+    """What a query sees decides what it predicts: changing a token further back changes nothing."""
+    net = build(Model(**SMALL | {"n_layer": 1}))
+    context = Context(tgt_len=6, mem_len=4, same_length=True)
+    tokens = torch.randint(0, V, (1, 13)).tolist()
+    changed = [tokens[0].copy()]
+    changed[0][1] = (changed[0][1] + 1) % V
+    difference = (run_fast(net, tokens, context) - run_fast(net, changed, context)).abs() > 1e-12
+    # token 1 is a target at 0, the input at 1, and seen by the 4 queries after it
+    assert difference.nonzero().flatten().tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_rel_shift_matches_its_definition():
+    scores = torch.randn(2, 3, 4, 8)                              # B=2 N=3 Q=4 K=7: memory of 3, and the spare column
+    shifted = rel_shift(scores)
+    assert shifted.shape == (2, 3, 4, 7)
+    for q in range(4):
+        for k in range(4 + q):                                    # the keys that query q may see
+            assert_close(shifted[..., q, k], scores[..., q, k + 3 - q])
+
+
+def test_positions_are_the_papers_sinusoids_of_clamped_distances():
+    embedding = position_embedding(6, 3, like=torch.empty(10, dtype=torch.float64))
+    for row, distance in enumerate([3, 3, 3, 2, 1, 0, 0]):
+        assert_close(embedding[row], reference.sinusoid(distance, 10))
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if "adaptive" in name])
+def test_adaptive_probabilities_sum_to_one_over_the_whole_vocabulary(name):
+    net = build(MODELS[name])
+    hidden = torch.randn(5, 8, dtype=torch.float64)
+    log_prob = net.vocabulary.double().log_prob(hidden)
+    assert_close(log_prob.double().exp().sum(1), torch.ones(5, dtype=torch.float64), rtol=1e-6, atol=1e-6)
+    for token in range(V):
+        nll = net.vocabulary.nll(hidden, torch.full((5,), token))
+        assert_close(-nll.double(), log_prob[:, token].double(), rtol=1e-5, atol=1e-6)
+
+
+def test_adaptive_softmax_of_one_word_clusters_equals_a_full_softmax():
+    """With a cluster per word its tail has nothing to choose, so head and cluster logits are one full softmax."""
+    adaptive = build(Model(**SMALL, cutoffs=(10, 11, 12)))
+    full = build(Model(**SMALL))
+    with torch.no_grad():
+        vocabulary = adaptive.vocabulary
+        full.vocabulary.tables[0].copy_(torch.cat([vocabulary.tables[0][:10], vocabulary.cluster_weight]))
+        full.vocabulary.bias.copy_(torch.cat([vocabulary.bias[:10], vocabulary.cluster_bias]))
+    hidden, target = torch.randn(40, 8, dtype=torch.float64), torch.randint(0, V, (40,))
+    assert_close(vocabulary.nll(hidden, target), full.vocabulary.nll(hidden, target))
+
+
+def test_a_cluster_without_targets_still_gets_a_zero_gradient():
+    net = build(MODELS["adaptive_div_none_tied"])
+    net.vocabulary.nll(torch.randn(6, 8, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0, IGNORE])).sum().backward()
+    for name in ("vocabulary.out_projs.1", "vocabulary.out_projs.2", "vocabulary.tables.2"):
+        assert_close(net.get_parameter(name).grad, torch.zeros_like(net.get_parameter(name)))
+
+
+def test_ignored_targets_have_no_loss_and_no_gradient():
+    for model in (MODELS["plain"], MODELS["adaptive"]):
+        net = build(model)
+        hidden = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
+        nll = net.vocabulary.nll(hidden, torch.tensor([IGNORE, 5, IGNORE]))
+        nll.sum().backward()
+        assert nll[0] == nll[2] == 0
+        assert hidden.grad[0].abs().sum() == hidden.grad[2].abs().sum() == 0
+        assert hidden.grad[1].abs().sum() > 0
+
+
+CUTOFFS, NVIDIA_CUTOFFS, WORDS = (20000, 40000, 200000), (19997, 39997, 199997), 267735
+COUNTS = {                                        # the reference's table of named models
+    "paper wt103 base": (151_107_538, Model(16, 410, 10, 41, 2100, cutoffs=CUTOFFS), WORDS),
+    "cybertronai base": (186_707_162, Model(16, 512, 8, 48, 2048, cutoffs=CUTOFFS), WORDS),
+    "nvidia base": (191_950_298, Model(16, 512, 8, 64, 2048, cutoffs=NVIDIA_CUTOFFS), WORDS),
+    "nvidia large": (285_167_482, Model(18, 1024, 16, 64, 4096, cutoffs=NVIDIA_CUTOFFS, div_val=4), WORDS),
+    "paper wt103 large": (285_170_506, Model(18, 1024, 16, 64, 4096, cutoffs=CUTOFFS, div_val=4), WORDS),
+    "cybertronai large": (297_051_220, Model(18, 1024, 16, 64, 4096, cutoffs=(5000, 10000, 40000)), 50257),
+    "enwik8 base": (41_055_436, Model(12, 512, 8, 64, 2048), 204),
+    "enwik8 large": (277_231_820, Model(24, 1024, 8, 128, 3072), 204),
+    "lm1b base": (357_812_082, Model(18, 1024, 8, 128, 4096, cutoffs=(60000, 100000, 640000), div_val=4,
+                                     tie_projs=(False,) * 4), 793471),
+}
+
+
+@pytest.mark.parametrize(("count", "model", "n_token"), COUNTS.values(), ids=COUNTS)
+def test_named_models_have_the_published_number_of_parameters(count, model, n_token):
+    with torch.device("meta"):
+        net = TransformerXL(model, n_token)
+    assert sum(p.numel() for p in net.parameters()) == count == n_params(model, n_token)
+
+
+def test_parameter_count_without_building_agrees_with_the_built_model():
+    for model in MODELS.values():
+        assert n_params(model, V) == sum(p.numel() for p in build(model).parameters())
+
+
+def test_flops_per_token_agree_with_the_reference():
+    """Reference figures include the tail clusters (a few per cent), ours do not."""
+    base = Model(16, 512, 8, 64, 2048, cutoffs=NVIDIA_CUTOFFS)
+    assert train_flops_per_token(base, Context(192, 192)) == pytest.approx(459e6, rel=0.06)
+    large = Model(18, 1024, 16, 64, 4096, cutoffs=NVIDIA_CUTOFFS, div_val=4)
+    assert train_flops_per_token(large, Context(384, 384)) == pytest.approx(1862e6, rel=0.06)
+
+
+def test_initial_values_follow_the_ancestors_rules():
+    torch.manual_seed(1)
+    net = TransformerXL(Model(2, 256, 4, 64, 1024, cutoffs=(500, 1000), div_val=2, init_std=0.05, proj_init_std=0.003), 3000)
+    for name, p in net.named_parameters():
+        mean, std = p.mean().item(), p.std().item()
+        if "norm" in name and name.endswith("weight"):
+            assert mean == pytest.approx(1, abs=0.02)
+            assert std == pytest.approx(0.05, rel=0.2)
+        elif name.endswith("bias"):
+            assert p.abs().max() == 0
+        else:
+            expected = 0.003 if "proj" in name else 0.05
+            assert mean == pytest.approx(0, abs=expected / 5), name
+            assert std == pytest.approx(expected, rel=0.12), name
+    uniform = TransformerXL(Model(**SMALL, init="uniform", init_range=0.2), 50)
+    weight = uniform.layers[0].feed_forward[0].weight
+    assert weight.abs().max() <= 0.2
+    assert weight.std().item() == pytest.approx(0.2 / math.sqrt(3), rel=0.2)
+
+
+def test_dropout_acts_in_training_only():
+    net = build(Model(**SMALL | {"dropout": 0.5}, dropatt=0.5))
+    tokens = torch.randint(0, V, (2, 9)).tolist()
+    context = CONTEXTS["memory"]
+    assert not torch.equal(run_fast(net, tokens, context), run_fast(net, tokens, context))
+    net.eval()
+    assert torch.equal(run_fast(net, tokens, context), run_fast(net, tokens, context))

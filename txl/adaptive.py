@@ -1,0 +1,117 @@
+"""Adaptive embedding and softmax over one vocabulary, tied: tables, projections, cluster logits, biases.
+
+Sources: adaptive softmax arXiv:1609.04309, adaptive input arXiv:1809.10853; with one cluster (no cutoffs) both are
+the plain ones. B batch, T positions, R = B*T rows, D d_model, V vocabulary.
+"""
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from engine.values import BadValue
+from txl.config import Model
+
+IGNORE = -1                                       # a target that is not there: no loss, no gradient
+
+
+def cluster_rows(targets_BT: Tensor, cutoffs: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """For each tail cluster the rows of targets_BT.flatten() that fall into it.
+
+    Called on the host, where the batch is made: the sizes are then known there, and choosing rows on the device
+    need not wait for it.
+    """
+    flat_R = targets_BT.flatten()
+    edges = (*cutoffs, torch.iinfo(flat_R.dtype).max)
+    return tuple(((flat_R >= low) & (flat_R < high)).nonzero().squeeze(1) for low, high in zip(edges, edges[1:]))
+
+
+class AdaptiveVocabulary(nn.Module):
+    """The vocabulary's end of the model: `embed` tokens, and the negative log-likelihood or log-probabilities of targets.
+
+    With div_val 1 there is one table for all words (its LAMB trust ratio is then that of the ancestors), with
+    div_val > 1 one per cluster. The head scores its own words and one entry a tail cluster, in natural order (the
+    original PyTorch code has the clusters' columns reversed: mind it when weights are converted).
+    """
+
+    def __init__(self, model: Model, n_token: int):
+        super().__init__()
+        self.edges = (0, *model.cutoffs, n_token)
+        self.clusters = list(zip(self.edges, self.edges[1:]))
+        if self.edges[-1] <= self.edges[-2]:
+            raise BadValue(f"the last cutoff {model.cutoffs[-1]} must be below the vocabulary's {n_token} tokens")
+        self.cutoffs, self.d_model = model.cutoffs, model.d_model
+        self.shared_table = model.div_val == 1
+        sizes = [(n_token, model.d_embed_of(0))] if self.shared_table else [
+            (high - low, model.d_embed_of(i)) for i, (low, high) in enumerate(self.clusters)]
+        projected = not self.shared_table or model.d_embed_of(0) != model.d_model
+
+        def projections(count: int) -> nn.ParameterList:
+            return nn.ParameterList(torch.empty(model.d_model, sizes[min(i, len(sizes) - 1)][1]) for i in range(count))
+
+        self.tables = nn.ParameterList(torch.empty(size) for size in sizes)
+        self.in_projs = projections(len(sizes) if projected else 0)
+        self.out_tables = None if model.tie_weight else nn.ParameterList(torch.empty(size) for size in sizes)
+        ties = [model.ties_proj(i) for i in range(len(self.clusters))]
+        own = projections(len(self.clusters)) if projected else []
+        self.out_projs = nn.ParameterDict({str(i): own[i] for i, tied in enumerate(ties) if projected and not tied})
+        self.bias = nn.Parameter(torch.zeros(n_token))
+        self.cluster_weight = nn.Parameter(torch.empty(len(self.cutoffs), model.d_embed_of(0)))
+        self.cluster_bias = nn.Parameter(torch.zeros(len(self.cutoffs)))
+
+    def embed(self, tokens_BT: Tensor) -> Tensor:
+        """Embeddings times sqrt(d_model), projected to D. Every table is read for every token and masked: no shape
+        depends on the data, and the tail tables are narrow."""
+        if self.shared_table:
+            embedded = F.embedding(tokens_BT, self.tables[0])
+            embedded = F.linear(embedded, self.in_projs[0]) if len(self.in_projs) else embedded
+        else:
+            embedded = 0
+            for (low, high), table, proj in zip(self.clusters, self.tables, self.in_projs):
+                inside = (tokens_BT >= low) & (tokens_BT < high)
+                rows = F.embedding((tokens_BT - low).clamp(0, high - low - 1), table)
+                embedded = embedded + F.linear(rows * inside.unsqueeze(-1), proj)
+        return embedded * self.d_model ** 0.5
+
+    def nll(self, hidden_RD: Tensor, target_R: Tensor, rows: tuple[Tensor, ...] | None = None) -> Tensor:
+        """-log p(target) in nats, in the order of the rows; 0 where the target is IGNORE. Autocast makes it fp32.
+
+        `rows` is cluster_rows(target), computed here where absent. A cluster without a target still takes part, with
+        no rows, so that all its parameters get a (zero) gradient on every rank.
+        """
+        rows = cluster_rows(target_R, self.cutoffs) if rows is None else rows
+        head_target_R = target_R
+        for i, (low, high) in enumerate(self.clusters[1:]):
+            head_target_R = torch.where((target_R >= low) & (target_R < high), self.cutoffs[0] + i, head_target_R)
+        nll_R = F.cross_entropy(self._head(hidden_RD), head_target_R, ignore_index=IGNORE, reduction="none")
+        for i, rows_C in enumerate(rows, start=1):
+            logits = self._cluster(i, hidden_RD.index_select(0, rows_C))
+            tail_target = target_R.index_select(0, rows_C) - self.edges[i]
+            nll_R = nll_R.index_add(0, rows_C, F.cross_entropy(logits, tail_target, reduction="none"))
+        return nll_R
+
+    def log_prob(self, hidden_RD: Tensor) -> Tensor:
+        """log p of every word, [R, V]."""
+        head = self._head(hidden_RD).log_softmax(-1)
+        n_head = self.edges[1]
+        tails = [self._cluster(i, hidden_RD).log_softmax(-1) + head[:, n_head + i - 1:n_head + i]
+                 for i in range(1, len(self.clusters))]
+        return torch.cat([head[:, :n_head], *tails], dim=-1)
+
+    def _head(self, hidden_RD: Tensor) -> Tensor:
+        weight = torch.cat([self._table(0), self.cluster_weight])
+        bias = torch.cat([self.bias[:self.edges[1]], self.cluster_bias])
+        return F.linear(self._project(0, hidden_RD), weight, bias)
+
+    def _cluster(self, i: int, hidden_RD: Tensor) -> Tensor:
+        return F.linear(self._project(i, hidden_RD), self._table(i), self.bias[self.edges[i]:self.edges[i + 1]])
+
+    def _table(self, i: int) -> Tensor:
+        tables = self.tables if self.out_tables is None else self.out_tables
+        return tables[0][self.edges[i]:self.edges[i + 1]] if self.shared_table else tables[i]
+
+    def _project(self, i: int, hidden_RD: Tensor) -> Tensor:
+        if not len(self.in_projs):
+            return hidden_RD
+        tied = self.in_projs[0 if self.shared_table else i]
+        return F.linear(hidden_RD, (self.out_projs[str(i)] if str(i) in self.out_projs else tied).T)

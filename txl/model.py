@@ -1,0 +1,182 @@
+"""Transformer-XL (arXiv:1901.02860): relative attention over a memory of earlier hidden states.
+
+B batch, Q query positions, M memory positions, K = M + Q key positions, N heads, H head width, D model width, L layers
+"""
+from __future__ import annotations
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from txl.adaptive import AdaptiveVocabulary
+from txl.config import Context, Model
+
+# What a stream remembers: hidden_LBMD, the input of each layer at the M positions before the segment, and how many of
+# them (the last ones) are real. M never changes, so a run has one shape from its first step on; a fresh memory has 0.
+# A plain tuple, so that a checkpoint of it loads without trusting a class.
+Memory = tuple[Tensor, int]
+
+
+class TransformerXL(nn.Module):
+    """Tokens and memory in, negative log-likelihoods and the next memory out."""
+
+    def __init__(self, model: Model, n_token: int):
+        super().__init__()
+        self.config = model
+        self.vocabulary = AdaptiveVocabulary(model, n_token)
+        self.layers = nn.ModuleList(Layer(model) for _ in range(model.n_layer))
+        biases = (model.n_layer if model.untie_r else 1, model.n_head, model.d_head)
+        self.u = nn.Parameter(torch.empty(biases))
+        self.v = nn.Parameter(torch.empty(biases))
+        self.final_norm = nn.LayerNorm(model.d_model) if model.final_lnorm else nn.Identity()
+        self.dropout = nn.Dropout(model.dropout)
+        initialise(self, model)
+
+    def forward(self, tokens_BQ: Tensor, targets_BT: Tensor, memory: Memory | None, context: Context,
+                rows: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Memory]:
+        """-log p of each target in nats, [B, T] fp32, and the memory for the segment that follows.
+
+        tokens_BQ are the T tokens before the targets and, in front of them, the tokens that the extended context
+        re-reads (Q = T + ext). `rows` is adaptive.cluster_rows(targets_BT), if the caller has it.
+        """
+        hidden_BQD, memory = self.hidden(tokens_BQ, memory, context)
+        hidden_BTD = hidden_BQD[:, -targets_BT.size(1):]
+        nll_R = self.vocabulary.nll(hidden_BTD.flatten(0, 1), targets_BT.flatten(), rows)
+        return nll_R.view_as(targets_BT), memory
+
+    def hidden(self, tokens_BQ: Tensor, memory: Memory | None, context: Context) -> tuple[Tensor, Memory]:
+        """The last layer's output, [B, Q, D], and the next memory."""
+        B, Q = tokens_BQ.shape
+        h_BQD = self.dropout(self.vocabulary.embed(tokens_BQ))
+        past_LBMD, length = memory or self.fresh_memory(B, context, h_BQD)
+        M = past_LBMD.size(2)
+        visible_QK = visible(Q, M, length, context.mem_len if context.same_length else None, h_BQD.device)
+        positions_PD = self.dropout(position_embedding(M + Q, context.clamp_len, like=h_BQD))
+
+        inputs = []
+        for i, (layer, past_BMD) in enumerate(zip(self.layers, past_LBMD)):
+            inputs.append(h_BQD)
+            bias = i if self.config.untie_r else 0
+            h_BQD = layer(h_BQD, past_BMD, positions_PD, self.u[bias], self.v[bias], visible_QK)
+        return self.dropout(self.final_norm(h_BQD)), self._remember(inputs, past_LBMD, length, context)
+
+    def fresh_memory(self, B: int, context: Context, like: Tensor) -> Memory:
+        """A memory of zeros of which nothing is real: they are masked, not attended to."""
+        return like.new_zeros(self.config.n_layer, B, context.mem_len, self.config.d_model), 0
+
+    @torch.no_grad()
+    def _remember(self, inputs: list[Tensor], past_LBMD: Tensor, length: int, context: Context) -> Memory:
+        """The last M of memory and segment; of the segment the ext_len last tokens are left out, for the next segment
+        reads them again."""
+        M, Q = past_LBMD.size(2), inputs[0].size(1)
+        new = max(0, Q - context.ext_len)
+        segments = torch.stack([h_BQD[:, :new] for h_BQD in inputs]).to(past_LBMD.dtype)
+        return torch.cat([past_LBMD, segments], dim=2)[:, :, new:].detach(), min(M, length + new)
+
+
+class Layer(nn.Module):
+    def __init__(self, model: Model):
+        super().__init__()
+        self.pre_lnorm = model.pre_lnorm
+        self.attention = RelativeAttention(model)
+        self.attention_norm = nn.LayerNorm(model.d_model)
+        self.feed_forward = nn.Sequential(
+            nn.Linear(model.d_model, model.d_inner), nn.ReLU(), nn.Dropout(model.dropout),
+            nn.Linear(model.d_inner, model.d_model), nn.Dropout(model.dropout))
+        self.feed_forward_norm = nn.LayerNorm(model.d_model)
+        self.dropout = nn.Dropout(model.dropout)
+
+    def forward(self, h_BQD: Tensor, past_BMD: Tensor, positions_PD: Tensor, u_NH: Tensor, v_NH: Tensor,
+                visible_QK: Tensor) -> Tensor:
+        keys_BKD = torch.cat([past_BMD.to(h_BQD.dtype), h_BQD], dim=1)
+        if self.pre_lnorm:
+            keys_BKD = self.attention_norm(keys_BKD)
+            queries_BQD = keys_BKD[:, past_BMD.size(1):]
+            h_BQD = h_BQD + self.dropout(self.attention(queries_BQD, keys_BKD, positions_PD, u_NH, v_NH, visible_QK))
+            return h_BQD + self.feed_forward(self.feed_forward_norm(h_BQD))
+        attended_BQD = self.dropout(self.attention(h_BQD, keys_BKD, positions_PD, u_NH, v_NH, visible_QK))
+        h_BQD = self.attention_norm(h_BQD + attended_BQD)
+        return self.feed_forward_norm(h_BQD + self.feed_forward(h_BQD))
+
+
+class RelativeAttention(nn.Module):
+    """score_ij = ((q_i + u).k_j + (q_i + v).r_{i-j}) / sqrt(H), softmax over the visible j, values, output."""
+
+    def __init__(self, model: Model):
+        super().__init__()
+        self.n_head, self.d_head, self.dropatt = model.n_head, model.d_head, model.dropatt
+        width = model.n_head * model.d_head
+        self.qkv = nn.Linear(model.d_model, 3 * width, bias=False)
+        self.r = nn.Linear(model.d_model, width, bias=False)
+        self.out = nn.Linear(width, model.d_model, bias=False)
+
+    def forward(self, queries_BQD: Tensor, keys_BKD: Tensor, positions_PD: Tensor, u_NH: Tensor, v_NH: Tensor,
+                visible_QK: Tensor) -> Tensor:
+        width, heads = self.n_head * self.d_head, (self.n_head, self.d_head)
+        w_q, w_kv = self.qkv.weight.split([width, 2 * width])          # memory needs no queries: a sixth of the work
+        q_BNQH = F.linear(queries_BQD, w_q).unflatten(-1, heads).transpose(1, 2)
+        k_BKNH, v_BKNH = F.linear(keys_BKD, w_kv).unflatten(-1, (2, *heads)).unbind(2)
+        r_NHP = self.r(positions_PD).unflatten(-1, heads).permute(1, 2, 0)
+
+        q_v_BNQH = q_BNQH + v_NH.unsqueeze(1).to(q_BNQH.dtype)
+        q_u_BNQH = q_BNQH + u_NH.unsqueeze(1).to(q_BNQH.dtype)
+        bias_BNQK = rel_shift(q_v_BNQH @ r_NHP) * self.d_head ** -0.5
+        bias_BNQK = bias_BNQK.masked_fill(~visible_QK, float("-inf"))
+        # cuDNN's backward with a mask gives NaN at lengths of 64 modulo 128 on Hopper (pytorch #196678)
+        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q_BNQH.is_cuda else contextlib.nullcontext():
+            a_BNQH = F.scaled_dot_product_attention(
+                q_u_BNQH, k_BKNH.transpose(1, 2), v_BKNH.transpose(1, 2), attn_mask=bias_BNQK,
+                dropout_p=self.dropatt if self.training else 0.0)
+        return self.out(a_BNQH.transpose(1, 2).flatten(2))
+
+
+def rel_shift(scores_BNQP: Tensor) -> Tensor:
+    """Query-by-distance scores to query-by-key scores, [B, N, Q, K] from [B, N, Q, P] with P = K + 1.
+
+    In: column p is distance K-1-p, and the last column is anything. Out: column k is key k. Keys in the query's future
+    are garbage: mask them after. With that spare column, row q of the result starts Q-1-q columns into row q, which
+    makes it one stretch of memory: a view, and its gradient one padded copy.
+    Source: Transformer-XL (arXiv:1901.02860), appendix B.
+    """
+    B, N, Q, P = scores_BNQP.shape
+    K = P - 1
+    return scores_BNQP.reshape(B, N, Q * P)[:, :, Q - 1:Q - 1 + Q * K].unflatten(2, (Q, K))
+
+
+def position_embedding(K: int, clamp_len: int | None, like: Tensor) -> Tensor:
+    """Sinusoids of the distances K-1 … 0 and of one spare row, [K + 1, D]: sines in the first half of the width of
+    `like`, cosines in the second."""
+    D, options = like.size(-1), {"dtype": like.dtype, "device": like.device}
+    distance_P = torch.arange(K - 1, -2, -1, **options).clamp(0, clamp_len)
+    frequency = 10_000.0 ** -(torch.arange(0, D, 2, **options) / D)
+    angle = distance_P.unsqueeze(1) * frequency
+    return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def visible(Q: int, M: int, length: int, reach: int | None, device: torch.device) -> Tensor:
+    """Which keys a query sees, [Q, K]: not the future, not memory that is not real, nothing further than `reach`."""
+    query_Q1 = torch.arange(M, M + Q, device=device).unsqueeze(1)
+    key_K = torch.arange(M + Q, device=device)
+    seen_QK = (key_K <= query_Q1) & (key_K >= M - length)
+    return seen_QK if reach is None else seen_QK & (query_Q1 - key_K <= reach)
+
+
+@torch.no_grad()
+def initialise(net: TransformerXL, model: Model) -> None:
+    """The ancestors' rules: weights N(0, init_std) or U(±init_range), projections N(0, proj_init_std), biases 0,
+    norms' weights N(1, init_std)."""
+    for name, parameter in net.named_parameters():
+        owner = name.rpartition(".")[0]
+        if "norm" in owner and name.endswith("weight"):
+            parameter.normal_(1.0, model.init_std)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        elif "in_projs" in owner or "out_projs" in owner:
+            parameter.normal_(0.0, model.proj_init_std)
+        elif model.init == "uniform":
+            parameter.uniform_(-model.init_range, model.init_range)
+        else:
+            parameter.normal_(0.0, model.init_std)
