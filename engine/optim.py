@@ -1,0 +1,137 @@
+"""Optimizers by name, LAMB, and gradient clipping: a few multi-tensor kernels a step, and no wait for the device."""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from engine.config import Optim
+
+
+def build(params: Iterable[tuple[str, Tensor]], optim: Optim, lr: float) -> torch.optim.Optimizer:
+    """The optimizer `optim` names, over all (name, parameter) that train, in one group with learning rate `lr`.
+
+    Weight decay is decoupled in lamb and adamw, and an L2 term of the gradient in adam, sgd and adagrad, as in
+    torch.optim. It covers biases and norms too, as in the ancestors: it is 0 in their recipes for PyTorch, and
+    0.01 on everything in the TensorFlow one. The fused kernels want gradients laid out like their parameters, as
+    autograd makes them.
+    """
+    trained = [(name, p) for name, p in params if p.requires_grad]
+    common = {"lr": lr, "weight_decay": optim.weight_decay}
+    adam = common | {"betas": optim.betas, "eps": optim.eps}
+    if optim.name == "lamb":
+        return Lamb(trained, **adam, bias_correction=optim.bias_correction, trust_ratio=optim.trust_ratio,
+                    max_weight_norm=optim.max_weight_norm)
+    if optim.name == "adamw":
+        return torch.optim.AdamW(trained, **adam, fused=True)
+    if optim.name == "adam":
+        return torch.optim.Adam(trained, **adam, fused=True)
+    if optim.name == "sgd":
+        return torch.optim.SGD(trained, **common, momentum=optim.momentum, fused=True)
+    if optim.name == "adagrad":
+        return torch.optim.Adagrad(trained, **common, eps=optim.eps, foreach=True)
+    raise ValueError(f"no optimizer is called {optim.name!r}")
+
+
+def clip_(parameters: Iterable[Tensor], max_norm: float | None) -> tuple[Tensor, Tensor]:
+    """Scale the gradients so that their norm, taken as one vector, is at most `max_norm`; None only measures.
+
+    Returns that norm and the norm of every gradient there is, both from before the scaling and on the device.
+    The arithmetic is that of torch.nn.utils.clip_grad_norm_.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not grads:
+        return torch.zeros(()), torch.zeros(0)
+    norms = torch.stack(torch._foreach_norm(grads))
+    total = torch.linalg.vector_norm(norms)
+    if max_norm is not None:
+        torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0))
+    return total, norms
+
+
+class Lamb(torch.optim.Optimizer):
+    """Layer-wise adaptive moments: Adam whose step in each tensor is a fraction lr of the tensor's own norm.
+
+    For each tensor w with gradient g, at the t-th gradient of that tensor:
+
+        m = β1·m + (1 - β1)·g                   m̂ = m / (1 - β1^t)
+        v = β2·v + (1 - β2)·g²                  v̂ = v / (1 - β2^t)     without bias_correction: m̂ = m, v̂ = v
+        r = m̂ / (√v̂ + eps) + weight_decay·w
+        trust = min(‖w‖, max_weight_norm) / ‖r‖                        1 where a norm is 0, or without trust_ratio
+        w = w - lr·trust·r
+
+    You et al., arXiv:1904.00962, algorithm 2, with phi(x) = min(x, max_weight_norm), or x where that is None. The
+    paper's version 3 and the 2019 codes leave the bias correction out; NVIDIA's NVLAMB has it (and divides the
+    gradient by its global norm first: that is `clip_`'s part here). The cybertronai code had no guard
+    against ‖w‖ = 0, so that what began at zero, all biases, never moved; here it does. Without trust_ratio this is
+    torch.optim.AdamW.
+
+    Parameters and moments are float32. After a step `norms` holds ‖w‖, ‖r‖ and trust on the device, one entry for each
+    tensor that had a gradient, by the names of the 2019 histograms: weight_norm, adam_norm, trust_ratio.
+    """
+
+    def __init__(self, params: Iterable, lr: float | Tensor, betas: tuple[float, float] = (0.9, 0.999),
+                 eps: float = 1e-6, weight_decay: float = 0.0, *, bias_correction: bool = True,
+                 trust_ratio: bool = True, max_weight_norm: float | None = 10.0):
+        super().__init__(params, {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": bias_correction,
+            "trust_ratio": trust_ratio, "max_weight_norm": max_weight_norm,
+            "fused": True})               # makes load_state_dict put "step" on the parameter's device, in float32
+        for group in self.param_groups:
+            if any(p.dtype in (torch.float16, torch.bfloat16) for p in group["params"]):
+                raise TypeError("LAMB's moments have the precision of the parameters, and 16 bits are too few. "
+                                "Keep the parameters in float32 and compute under autocast.")
+        self.norms: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moved = [self._step(group) for group in self.param_groups if any(p.grad is not None for p in group["params"])]
+        self.norms = {name: torch.cat([norms[name] for norms in moved]) for name in (moved[0] if moved else ())}
+        return loss
+
+    def _step(self, group: dict) -> dict[str, Tensor]:
+        params = [p for p in group["params"] if p.grad is not None]
+        updates = self._updates(params, group)
+        weight_norm, update_norm = (torch.stack(torch._foreach_norm(x)) for x in (params, updates))
+        trust = torch.ones_like(weight_norm)
+        if group["trust_ratio"]:
+            cap = group["max_weight_norm"]
+            phi = weight_norm if cap is None else weight_norm.clamp(max=cap)
+            trust = torch.where((weight_norm > 0) & (update_norm > 0), phi / update_norm, trust)
+        # The ratios stay on the device, one scalar a tensor, and are multiplied in while the weights are written.
+        torch._foreach_addcmul_(params, updates, (trust * -group["lr"]).unbind())
+        return {"weight_norm": weight_norm, "adam_norm": update_norm, "trust_ratio": trust}
+
+    def _updates(self, params: list[Tensor], group: dict) -> Sequence[Tensor]:
+        """r of every tensor. Moves the moments on; leaves gradients and weights as they are.
+
+        torch's fused AdamW adds its step, at a learning rate of -1, to what it takes for weights and is weight_decay·w:
+        one pass over gradients and moments, and the one temporary is r.
+        """
+        grads, states = [_laid_out_like(p, p.grad) for p in params], [self._state(p, group) for p in params]
+        m, v, steps = ([state[x] for state in states] for x in ("exp_avg", "exp_avg_sq", "step"))
+        beta1, beta2 = group["betas"]
+        updates = torch._foreach_mul(params, group["weight_decay"])
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(updates, grads, m, v, [], steps, lr=-1.0, beta1=beta1, beta2=beta2, weight_decay=0.0,
+                            eps=group["eps"], amsgrad=False, maximize=False)
+        return updates
+
+    def _state(self, p: Tensor, group: dict) -> dict:
+        state = self.state[p]
+        if not state:
+            begin = 0.0 if group["bias_correction"] else math.inf          # where β^t is 0, and the correction none
+            state.update(step=torch.full((), begin, device=p.device), exp_avg=torch.zeros_like(p),
+                         exp_avg_sq=torch.zeros_like(p))
+        return state
+
+
+def _laid_out_like(p: Tensor, grad: Tensor) -> Tensor:
+    """The fused kernel reads memory in order: on a CPU (torch 2.13) other strides give wrong numbers and no error."""
+    return grad if grad.stride() == p.stride() else torch.empty_like(p).copy_(grad)
