@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from engine.values import BadValue
+
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
@@ -90,10 +92,10 @@ class Batch:
             raise ValueError("batch sizes must be at least 1")
 
     def total(self, ranks: int) -> int:
-        """Sequences per step over all ranks. Raises ValueError where a rank would have none."""
+        """Sequences per step over all ranks. Raises BadValue where a rank would have none."""
         total = self.size if self.size is not None else self.local_size * ranks
         if total < ranks:
-            raise ValueError(f"batch.size {total} leaves some of the {ranks} ranks without a sequence. "
+            raise BadValue(f"batch.size {total} leaves some of the {ranks} ranks without a sequence. "
                              f"Use at most {total} ranks or a larger batch")
         return total
 
@@ -153,3 +155,13 @@ class Recipe:
     divergence_nats: float = 3.0                  # stop when the loss is this far above the run's lowest
     init_from: str | None = None                  # a run or checkpoint whose weights training starts from
     clock: Clock = field(default_factory=Clock)
+
+    @property
+    def tokens_per_sequence(self) -> int:
+        """Tokens that one sequence of the batch predicts in a step."""
+        raise NotImplementedError
+
+    @property
+    def params(self) -> int | None:
+        """Trainable parameters; None where only the data tells, by the size of its vocabulary."""
+        raise NotImplementedError

@@ -10,7 +10,7 @@ import difflib
 import functools
 import types
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -40,15 +40,24 @@ def parse(kind: Any, text: str, where: str) -> Any:
     return _fit(kind, text, where, parse=True)
 
 
-def override(value: T, assignment: str) -> T:
-    """`value` with one field replaced: override(config, "recipe.optim.lr=0.02"). Raises BadValue.
+def override(value: T, *assignments: str) -> T:
+    """`value` with fields replaced: override(config, "recipe.optim.lr=0.02", "recipe.seed=3"). Raises BadValue.
 
-    The first word of the path names `value` itself or a field of it.
+    All of them take effect at once, so that fields which exclude each other can be exchanged. A path's first
+    word is a field of `value`.
     """
-    path, equals, text = assignment.partition("=")
-    if not equals:
-        raise BadValue(f"{assignment!r} is not an assignment. Write it as PATH=VALUE, for example recipe.optim.lr=0.02")
-    return _replace(value, path.strip().split("."), text.strip(), path.strip())
+    texts: dict[str, str] = {}
+    for assignment in assignments:
+        path, equals, text = (part.strip() for part in assignment.partition("="))
+        if not equals or not path:
+            raise BadValue(f"{assignment!r} is not an assignment. "
+                           f"Write it as PATH=VALUE, for example recipe.optim.lr=0.02")
+        clash = next((old for old in texts if f"{path}.".startswith(f"{old}.") or f"{old}.".startswith(f"{path}.")),
+                     None)
+        if clash:
+            raise BadValue(f"{clash}={texts[clash]} and {path}={text} set the same thing. Give one of them")
+        texts[path] = text
+    return _replace(value, "", texts) if texts else value
 
 
 def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
@@ -60,28 +69,45 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {old} -> {new}"
 
 
-def _replace(value: Any, path: list[str], text: str, whole: str) -> Any:
-    name, rest = path[0], path[1:]
-    hints = _hints(type(value))
-    if name not in hints:
-        raise BadValue(f"{whole}: {type(value).__name__} has no field {name!r}.{_nearest(name, hints)} "
-                       f"It has: {', '.join(hints)}")
-    if rest:
-        inner = getattr(value, name)
-        if not dataclasses.is_dataclass(inner):
-            raise BadValue(f"{whole}: {name} is {inner!r} and has no fields of its own")
-        new = _replace(inner, rest, text, whole)
-    elif dataclasses.is_dataclass(getattr(value, name)) and text.lower() != "none" and _dataclass_only(hints[name]):
-        raise BadValue(f"{whole} is a group of fields; set one of them: "
-                       f"{', '.join(f'{whole}.{x}' for x in _hints(type(getattr(value, name))))}")
-    else:
-        new = parse(hints[name], text, whole)
+def nearest(word: str, words: Iterable[Any]) -> str:
+    """ Did you mean 'that'? - with a space before it, or nothing where no word is near."""
+    close = difflib.get_close_matches(word, [str(w) for w in words], n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _replace(value: Any, where: str, texts: dict[str, str]) -> Any:
+    """`value` with the fields at the paths `texts`; `where` is the path to `value` itself, for messages."""
+    hints, new = _hints(type(value)), {}
+    for name, inner in _by_first_word(texts).items():
+        path = f"{where}{name}"
+        if name not in hints:
+            raise BadValue(f"{path}: {type(value).__name__} has no field {name!r}.{nearest(name, hints)} "
+                           f"It has: {', '.join(hints)}")
+        old = getattr(value, name)
+        if "" not in inner:
+            if not dataclasses.is_dataclass(old):
+                raise BadValue(f"{path}.{next(iter(inner))}: {name} is {old!r} and has no fields of its own")
+            new[name] = _replace(old, f"{path}.", inner)
+        elif dataclasses.is_dataclass(old) and inner[""].lower() != "none" and _dataclass_only(hints[name]):
+            raise BadValue(f"{path} is a group of fields; set one of them: "
+                           f"{', '.join(f'{path}.{x}' for x in _hints(type(old)))}")
+        else:
+            new[name] = parse(hints[name], inner[""], path)
     try:
-        return dataclasses.replace(value, **{name: new})
+        return dataclasses.replace(value, **new)
     except BadValue:
         raise
     except ValueError as error:                          # the dataclass's own __post_init__ refuses it
-        raise BadValue(f"{whole}={text}: {error}") from error
+        raise BadValue(f"{', '.join(f'{where}{path}={text}' for path, text in texts.items())}: {error}") from error
+
+
+def _by_first_word(texts: dict[str, str]) -> dict[str, dict[str, str]]:
+    """{"a.b": "1", "a.c": "2", "d": "3"} as {"a": {"b": "1", "c": "2"}, "d": {"": "3"}}."""
+    groups: dict[str, dict[str, str]] = {}
+    for path, text in texts.items():
+        first, _, rest = path.partition(".")
+        groups.setdefault(first, {})[rest] = text
+    return groups
 
 
 def _fit(kind: Any, data: Any, where: str, parse: bool) -> Any:
@@ -93,7 +119,7 @@ def _fit(kind: Any, data: Any, where: str, parse: bool) -> Any:
     if origin is typing.Literal:
         if data in args:
             return data
-        raise BadValue(f"{where} must be one of {', '.join(map(str, args))}, not {data!r}.{_nearest(str(data), args)}")
+        raise BadValue(f"{where} must be one of {', '.join(map(str, args))}, not {data!r}.{nearest(str(data), args)}")
     if origin is tuple:
         items = ([x for x in data.strip("()[] ").split(",") if x.strip()] if parse else data)
         if not isinstance(items, (list, tuple)):
@@ -125,7 +151,7 @@ def _fit_dataclass(kind: type, data: Any, where: str) -> Any:
     hints = _hints(kind)
     for key in data:
         if key not in hints:
-            raise BadValue(f"{where}: unknown key {key!r}.{_nearest(key, hints)}")
+            raise BadValue(f"{where}: unknown key {key!r}.{nearest(key, hints)}")
     needed = [f.name for f in dataclasses.fields(kind)
               if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING]
     missing = [name for name in needed if name not in data]
@@ -144,7 +170,7 @@ def _fit_scalar(kind: Any, data: Any, where: str, parse: bool) -> Any:
     if parse:
         try:
             return _PARSERS[kind](data)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, OverflowError) as error:
             raise _bad(kind, data, where) from error
     if kind is float and type(data) is int:
         return float(data)
@@ -196,8 +222,3 @@ def _dataclass_only(kind: Any) -> bool:
 def _hints(kind: type) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}
-
-
-def _nearest(word: str, words: Any) -> str:
-    close = difflib.get_close_matches(word, [str(w) for w in words], n=1)
-    return f" Did you mean {close[0]!r}?" if close else ""

@@ -4,6 +4,7 @@ Names are those of the paper (arXiv:1901.02860) and of its ancestors' options.
 """
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -134,7 +135,7 @@ def n_params(model: Model, n_token: int) -> int:
     feed_forward = 2 * d * model.d_inner + model.d_inner + d + 2 * d
     biases_uv = 2 * heads * (model.n_layer if model.untie_r else 1)
     edges = (0, *model.cutoffs, n_token)
-    sizes = [high - low for low, high in zip(edges, edges[1:])]
+    sizes = [high - low for low, high in itertools.pairwise(edges)]
     tables = sum(size * model.d_embed_of(i if model.div_val > 1 else 0) for i, size in enumerate(sizes))
     clusters = len(model.cutoffs) * (model.d_embed_of(0) + 1)
     projected = model.div_val > 1 or model.d_embed_of(0) != d

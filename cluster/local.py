@@ -1,0 +1,229 @@
+"""The backend `local`: this machine. N machines of a config are N torchrun agents on loopback."""
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster import run
+from cluster.plan import Layout, Node, Plan, price, torchrun
+from cluster.run import Refused
+from cluster.spec import LOCAL, Config
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+GRACE_S = 15                                      # between asking the nodes that are left to end and ending them
+
+
+@dataclass(frozen=True)
+class Here:
+    """What a layout needs to know of this machine."""
+    python: str
+    gpus: tuple[str, ...]                         # as CUDA_VISIBLE_DEVICES names them
+    cores: int
+    port: int                                     # free on loopback
+    loopback: str = "lo"
+    pythonpath: str | None = None                 # where the code is, if not in the current directory
+
+
+def survey(config: Config) -> Here:
+    """Looks at this machine. Raises Refused where the config names a checkpoint that is not here."""
+    start = config.recipe.init_from
+    if start is not None and not Path(start).exists():
+        raise Refused(f"There is no checkpoint {start}. Give a run's folder (runs/NAME) or one of its "
+                      f"checkpoints/step-*")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    path = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return Here(sys.executable, _gpus(), cores, _free_port(), "lo0" if sys.platform == "darwin" else "lo",
+                None if Path.cwd() == CHECKOUT else os.pathsep.join(path))
+
+
+def lay_out(config: Config, run_dir: Path, here: Here) -> Layout:
+    """Ranks on the GPUs here, divided among the nodes; one rank a node on the processor where there are not enough."""
+    machines, recipe = config.machines, config.recipe
+    per_node = min(len(here.gpus) // machines.count, machines.gpus_per_machine or len(here.gpus))
+    if recipe.batch.size is not None:
+        per_node = min(per_node, recipe.batch.size // machines.count)          # no rank without a sequence
+    ranks = max(1, per_node)
+    env = {"OMP_NUM_THREADS": str(max(1, here.cores // (ranks * machines.count))), "GLOO_SOCKET_IFNAME": here.loopback}
+    if here.pythonpath:
+        env["PYTHONPATH"] = here.pythonpath
+    gpus = [",".join(here.gpus[i * per_node:(i + 1) * per_node]) for i in range(machines.count)]
+    nodes = tuple(
+        Node(i, "127.0.0.1", ranks, env | {"CUDA_VISIBLE_DEVICES": gpus[i]},
+             torchrun(here.python, recipe.entry, run_dir / "recipe.json", nnodes=machines.count, node_rank=i,
+                      ranks=ranks, master_addr="127.0.0.1", master_port=here.port))
+        for i in range(machines.count))
+    where = f"{per_node} of its {len(here.gpus)} GPUs" if per_node else "its processor"
+    count = "one node" if machines.count == 1 else f"{machines.count} nodes"
+    return Layout(
+        nodes=nodes,
+        machines=f"this machine: {count}, {'each with ' if machines.count > 1 else ''}"
+                 f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {where}",
+        cost="$0 here" + ("" if machines.kind == LOCAL else f". The config's own machines, {price(config)}"),
+        setup=f"none: {here.python} as it is",
+        notes=tuple(_notes(config, ranks, per_node)))
+
+
+def apply(plan: Plan) -> LocalJob:
+    """Start one torchrun agent per node, in sessions of their own: they outlive the launcher."""
+    for module in ["torch"] + ["tensorboard"] * plan.tensorboard:
+        if importlib.util.find_spec(module) is None:
+            raise Refused(f"{sys.executable} has no {module}. Install what training needs:\n"
+                          f"  {sys.executable} -m pip install -r {os.path.relpath(CHECKOUT / 'requirements.txt')}")
+    refuse_if_running(plan.run_dir)
+    plan.run_dir.mkdir(parents=True, exist_ok=True)
+    with _lock(plan.run_dir) as lock:
+        run.record(plan.run_dir, plan.config.recipe, str(plan), plan.command, plan.overrides, CHECKOUT)
+        job = LocalJob(plan, lock)
+        job.start()
+    return job                                    # from here on the agents hold the lock
+
+
+class LocalJob:
+    """A plan being carried out on this machine (cluster.backends.Job)."""
+
+    def __init__(self, plan: Plan, lock: int):
+        self.plan, self._lock = plan, lock
+        self._agents: list[subprocess.Popen] = []
+        self._tensorboard: subprocess.Popen | None = None
+        self._kill_at: float | None = None        # set when a node failed: when the others are ended by force
+
+    def start(self) -> None:
+        try:
+            for node in self.plan.layout.nodes:
+                with open(self.plan.run_dir / "logs" / f"node-{node.rank}.log", "ab", buffering=0) as log:
+                    log.write(f"{run.LAUNCHED} {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {node}\n".encode())
+                    self._agents.append(subprocess.Popen(
+                        node.command, env=os.environ | node.env, stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                        start_new_session=True, pass_fds=[self._lock]))
+            pids = " ".join(str(agent.pid) for agent in self._agents)
+            os.truncate(self._lock, 0)
+            os.pwrite(self._lock, f"torchrun {pids}, started by {os.getpid()} at {time.strftime('%H:%M:%S, %Y-%m-%d')}"
+                      .encode(), 0)
+            if self.plan.tensorboard:
+                self._start_tensorboard()
+        except BaseException:
+            self.kill()
+            raise
+
+    def poll(self) -> tuple[int, ...] | None:
+        statuses = [agent.poll() for agent in self._agents]
+        if None not in statuses:
+            _kill(ranks_of(self.plan.run_dir))    # of an agent that was killed itself
+            return tuple(statuses)
+        if any(statuses):                         # the others would wait for it
+            now = time.monotonic()
+            if self._kill_at is None:
+                self._kill_at = now + GRACE_S
+                for agent, status in zip(self._agents, statuses):
+                    if status is None:
+                        agent.terminate()
+            elif now > self._kill_at:
+                self.kill()
+        return None
+
+    def stop(self) -> None:
+        (self.plan.run_dir / "stop").touch()
+
+    def kill(self) -> None:
+        _kill([agent.pid for agent in self._agents if agent.poll() is None] + ranks_of(self.plan.run_dir))
+        self.close()
+
+    def close(self) -> None:
+        if self._tensorboard and self._tensorboard.poll() is None:
+            self._tensorboard.terminate()
+            self._tensorboard.wait()
+
+    def _start_tensorboard(self) -> None:
+        port = _free_port()
+        with open(self.plan.run_dir / "logs" / "tensorboard.log", "ab") as log:
+            self._tensorboard = subprocess.Popen(
+                [sys.executable, "-m", "tensorboard.main", f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
+                 f"--port={port}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+        print(f"TensorBoard until the run ends: http://127.0.0.1:{port}")
+
+
+def refuse_if_running(run_dir: Path) -> None:
+    """Raises Refused where a launch of this run is still going on, or ranks of one whose torchrun was killed."""
+    if not (run_dir / "lock").exists():
+        return
+    with _lock(run_dir):
+        if pids := ranks_of(run_dir):
+            raise _running(run_dir, f"ranks without torchrun: {' '.join(map(str, pids))}")
+
+
+def ranks_of(run_dir: Path) -> list[int]:
+    """Processes that train this run, by their command lines: torchrun puts each into its own session. Linux only."""
+    recipe, pids = os.fsencode(run_dir / "recipe.json"), []
+    for proc in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):        # it ended meanwhile, or it is another user's
+            words = (proc / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
+            if words[-1] == recipe and b"torch.distributed.run" not in words and (proc / "cwd").samefile("."):
+                pids.append(int(proc.name))
+    return pids
+
+
+@contextlib.contextmanager
+def _lock(run_dir: Path) -> Iterator[int]:
+    """The run's lock, as a descriptor; whoever inherits it keeps the lock. Raises Refused where another has it."""
+    lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise _running(run_dir, os.pread(lock, 1000, 0).decode() or "being started") from error
+        yield lock
+    finally:
+        os.close(lock)
+
+
+def _running(run_dir: Path, who: str) -> Refused:
+    return Refused(f"{run_dir} is running: {who}.\nWatch it:  tail -f {run_dir}/logs/rank-0.log\n"
+                   f"Stop it:   touch {run_dir}/stop   (it saves and ends; then the same command goes on)")
+
+
+def _notes(config: Config, ranks: int, per_node: int) -> Iterator[str]:
+    machines, recipe = config.machines, config.recipe
+    if machines.kind != LOCAL:
+        asked = machines.gpus_per_machine
+        if asked is None:
+            yield f"{machines.kind} is not in the table of cluster/spec.py: its GPUs and price are unknown."
+        elif asked != ranks and recipe.batch.size is None:
+            yield (f"{machines.count * ranks} ranks instead of {machines.count * asked}: a smaller batch, "
+                   f"and with it another curve.")
+    if not per_node and recipe.precision in ("fp16", "tf32"):
+        yield f"{recipe.precision} is for GPUs. On a processor take --set recipe.precision=fp32"
+
+
+def _gpus() -> tuple[str, ...]:
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return tuple(gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "-1"))
+    count = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if shutil.which("nvidia-smi"):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30).stdout
+            count = sum(line.startswith("GPU ") for line in listed.splitlines())
+    return tuple(map(str, range(count)))
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def _kill(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

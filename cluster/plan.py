@@ -1,0 +1,116 @@
+"""A plan: everything a launch is going to do, as one frozen value that prints. Standard library only."""
+from __future__ import annotations
+
+import shlex
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.run import NEW, Standing
+from cluster.spec import LOCAL, Config
+
+
+@dataclass(frozen=True)
+class Node:
+    """One machine's part: a torchrun agent that starts `ranks` processes with `env` added to theirs."""
+    rank: int
+    address: str
+    ranks: int
+    env: dict[str, str]
+    command: tuple[str, ...]
+
+    def __str__(self) -> str:
+        env = " ".join(f"{name}={shlex.quote(value)}" for name, value in self.env.items())
+        return f"{env} {shlex.join(self.command)}".strip()
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A backend's part of a plan. `machines`, `cost` and `setup` are for people."""
+    nodes: tuple[Node, ...]
+    machines: str
+    cost: str
+    setup: str
+    notes: tuple[str, ...] = ()
+
+    @property
+    def ranks(self) -> int:
+        return sum(node.ranks for node in self.nodes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `launch.py` prints, and what a backend carries out."""
+    name: str                                     # of the run
+    config_name: str
+    config: Config                                # with the overrides applied
+    backend: str
+    layout: Layout
+    overrides: tuple[str, ...] = ()               # as --set takes them, whatever flag they came from
+    command: str = ""                             # the command line that leads here again
+    standing: Standing = NEW
+    tensorboard: bool = False
+
+    def __post_init__(self):
+        self.config.recipe.batch.total(self.layout.ranks)      # raises ValueError where a rank would get nothing
+
+    @property
+    def run_dir(self) -> Path:
+        return Path("runs", self.name)
+
+    def __str__(self) -> str:
+        recipe, ranks = self.config.recipe, self.layout.ranks
+        batch, total = recipe.batch, recipe.batch.total(ranks)
+        shares = sorted({len(batch.share(rank, ranks)) for rank in range(ranks)})
+        pieces = sorted({len(batch.micro_batches(rank, ranks)) for rank in range(ranks)})
+        tokens, steps = total * recipe.tokens_per_sequence, self.steps
+        params = f"{recipe.params:,} parameters" if recipe.params else "as many parameters as the vocabulary makes it"
+        rows = [
+            ("run", f"{self.run_dir}: {self.standing}"),
+            ("config", f"{self.config_name}: {self.config.about}"),
+            *(("set", override) for override in self.overrides),
+            ("machines", f"{self.layout.machines} (--backend={self.backend})"),
+            ("cost", self.layout.cost),
+            ("model", f"{recipe.entry.partition('.')[0]}, {params}, {recipe.precision}"),
+            ("batch", f"{total} sequences, {_span(shares)} on each of {ranks} ranks, in {_span(pieces)} micro-batches"),
+            ("lr", f"{recipe.optim.name}, peak {recipe.optim.peak_lr(total):.4g}"),
+            ("length", f"{steps:,} steps of {tokens:,} tokens: {steps * tokens:,} to the end"),
+            ("setup", self.layout.setup),
+            *(("note", note) for note in self.layout.notes),
+            *((f"node {node.rank}", f"{node.address}: {node}") for node in self.layout.nodes),
+        ]
+        return "\n".join(f"{label:<9} {_folded(label, text)}" for label, text in rows)
+
+    @property
+    def steps(self) -> int:
+        """Steps from the first to the last."""
+        stop, recipe = self.config.recipe.stop, self.config.recipe
+        tokens = recipe.batch.total(self.layout.ranks) * recipe.tokens_per_sequence
+        return min([stop.max_steps] * (stop.max_steps is not None)
+                   + [-(-(stop.max_tokens or 0) // tokens)] * (stop.max_tokens is not None))
+
+
+def torchrun(python: str, entry: str, recipe: Path, *, nnodes: int, node_rank: int, ranks: int, master_addr: str,
+             master_port: int) -> tuple[str, ...]:
+    """The line that starts one node's share of a training."""
+    return (python, "-m", "torch.distributed.run", f"--nnodes={nnodes}", f"--nproc-per-node={ranks}",
+            f"--node-rank={node_rank}", f"--master-addr={master_addr}", f"--master-port={master_port}",
+            "-m", entry, str(recipe))
+
+
+def price(config: Config) -> str:
+    """What the config's own machines cost on demand."""
+    machines, usd = config.machines, config.machines.usd_per_hour
+    if machines.kind == LOCAL:
+        return "$0"
+    return f"{machines.count} x {machines.kind}: " + (
+        f"${usd:.2f} per hour on demand" if usd is not None else "price unknown, the kind is not in cluster/spec.py")
+
+
+def _span(numbers: list[int]) -> str:
+    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _folded(label: str, text: str) -> str:
+    """Prose in lines of 110 characters; a command stays in one, to be copied."""
+    return text if label.startswith("node") else textwrap.fill(text, 100, subsequent_indent=" " * 10)

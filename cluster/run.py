@@ -1,0 +1,108 @@
+"""A run's folder as the launcher sees it (docs/design.md lists what is in it). The same name is the same run.
+
+Every backend keeps the folder of the machine that launches up to date; following a run is reading it.
+"""
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from engine.config import Recipe
+from engine.values import BadValue, differences, from_json, to_json
+
+LAUNCHED = "=== launched"                         # how the line begins that a launch writes at the top of a node's log
+
+
+class Refused(Exception):
+    """A launch cannot go on as asked. Nothing was started; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run is: not begun, going to resume, or finished."""
+    state: Literal["new", "unfinished", "finished"] = "new"
+    step: int | None = None                       # of the newest checkpoint; None: there is none
+    message: str = ""                             # the trainer's last word
+    changes: tuple[str, ...] = ()                 # in what does not move the curve
+
+    def __str__(self) -> str:
+        if self.state == "finished":
+            return f"finished at step {self.step}, {self.message}"
+        if self.state == "new":
+            return "new"
+        begin = f"goes on from step {self.step}" if self.step is not None else "starts again, it left no checkpoint"
+        return ", now with ".join([begin, *self.changes])
+
+
+NEW = Standing()
+
+
+def standing(run_dir: Path, recipe: Recipe) -> Standing:
+    """What a launch of `recipe` under this name would be. Raises Refused where the name belongs to another recipe."""
+    try:
+        old = from_json(type(recipe), json.loads((run_dir / "recipe.json").read_text()))
+    except FileNotFoundError:
+        return Standing()
+    except (BadValue, json.JSONDecodeError) as error:
+        raise Refused(f"{run_dir}/recipe.json is not a recipe that this version reads: {error}\n"
+                      f"Choose another --name, or remove {run_dir}") from error
+    changes = tuple(differences(old, recipe))
+    if other := [change for change in changes if not change.startswith("clock.")]:
+        raise Refused("\n  ".join([f"{run_dir} is another run, with another recipe (theirs -> yours):", *other])
+                      + f"\nChoose another --name, or remove {run_dir}")
+    status = read_status(run_dir)
+    if status.get("state") == "finished":
+        return Standing("finished", status["step"], status["message"])
+    return Standing("unfinished", newest_checkpoint(run_dir), changes=changes)
+
+
+def read_status(run_dir: Path) -> dict[str, Any]:
+    """status.json: state, step, message; {} where there is none."""
+    try:
+        return json.loads((run_dir / "status.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def newest_checkpoint(run_dir: Path) -> int | None:
+    """Its step. A checkpoint's folder gets its name when it is whole."""
+    return max((int(meta.parent.name.removeprefix("step-")) for meta in run_dir.glob("checkpoints/step-*/meta.json")),
+               default=None)
+
+
+def record(run_dir: Path, recipe: Recipe, plan: str, command: str, overrides: tuple[str, ...], checkout: Path) -> None:
+    """Write what led to the run, before it starts. command.txt has a line for each launch, the rest is of the last."""
+    (run_dir / "logs").mkdir(parents=True, exist_ok=True)
+    _replace(run_dir / "recipe.json", json.dumps(to_json(recipe), indent=1) + "\n")
+    _replace(run_dir / "plan.txt", plan + "\n")
+    _replace(run_dir / "commit.txt", _commit(checkout))
+    with open(run_dir / "command.txt", "a") as file:
+        file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  {command}\n")
+        file.writelines(f"    {override}\n" for override in overrides)
+    (run_dir / "stop").unlink(missing_ok=True)
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.partial")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def _commit(checkout: Path) -> str:
+    """Commit, status and diff of the code."""
+    text = ""
+    for arguments in (["rev-parse", "HEAD"], ["status", "--short"], ["diff", "HEAD"]):
+        try:
+            done = subprocess.run(["git", "-C", str(checkout), *arguments], capture_output=True, text=True,
+                                  errors="replace", timeout=30)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{text}unknown: {error}\n"
+        if done.returncode:
+            return f"unknown: {checkout} is not a git checkout\n"
+        text += f"$ git {' '.join(arguments)}\n{done.stdout}"
+    return text

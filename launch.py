@@ -1,0 +1,126 @@
+"""Train a config on its machines, or on this one.
+
+    python launch.py --config=one_machine --dry_run          what it would do, and cost
+    python launch.py --config=tiny                           seconds, on this machine
+    python launch.py --config=test_2 --backend=local         two nodes here, over loopback
+    python launch.py --config=tiny --name=mine --set recipe.optim.lr=0.002 --set recipe.stop.max_steps=100
+
+A run is the folder runs/NAME, and the same command again goes on where it stopped. Ctrl-C stops with a checkpoint.
+Exit status: 0 finished, 1 failed, 2 refused before anything was started, 130 stopped.
+"""
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import sys
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from cluster import backends, run
+from cluster.follow import FINISHED, Follower
+from cluster.plan import Plan
+from cluster.run import Refused
+from cluster.spec import LOCAL, Config
+from configs import CONFIGS
+from engine.cli import flag, misuse, parse
+from engine.values import BadValue, nearest, override
+
+
+@dataclass(frozen=True)
+class Flags:
+    config: str = flag("what to train, one of those below")
+    name: str | None = flag("of the run, whose folder is runs/NAME; else the config's", None)
+    nospot: bool = flag("on-demand machines rather than spot", False)
+    skip_setup: bool = flag("the machines have the environment already: install nothing", False)
+    launch_tensorboard: bool = flag("TensorBoard on loopback until the run ends", False)
+    machines: int | None = flag("how many, instead of the config's", None)
+    instance_type: str | None = flag("which kind, instead of the config's", None)
+    checkpoint: str | None = flag("start from the weights of another run or checkpoint", None)
+    dry_run: bool = flag("print the plan and do nothing", False)
+    backend: str | None = flag("who provides the machines; `local` is this one", None)
+    set: tuple[str, ...] = flag("PATH=VALUE in the config, recipe.optim.lr=0.02; may be repeated", ())
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(Flags, argv, prog="launch.py", about=__doc__, more=list_configs)
+    try:
+        plan = make_plan(flags, find_config(flags))
+        print(plan, flush=True)
+        if flags.dry_run:
+            return FINISHED
+        if plan.standing.state == "finished":
+            print(f"Nothing to do: {plan.run_dir} is finished. For another run, another --name.")
+            return FINISHED
+        with Follower(plan) as follower:
+            return follower.follow(backends.load(plan.backend).apply(plan))
+    except (BadValue, Refused) as error:
+        misuse(str(error))
+
+
+def find_config(flags: Flags) -> Config:
+    """The config by name, with what the flags change in it. Raises BadValue."""
+    if flags.config not in CONFIGS:
+        raise BadValue(f"There is no config {flags.config!r}.{nearest(flags.config, CONFIGS)}\n"
+                       f"python launch.py --help lists them.")
+    return override(CONFIGS[flags.config], *overrides_of(flags))
+
+
+def overrides_of(flags: Flags) -> tuple[str, ...]:
+    """What the flags change in a config, each as --set takes it."""
+    return (*([f"machines.count={flags.machines}"] if flags.machines is not None else []),
+            *([f"machines.kind={flags.instance_type}"] if flags.instance_type is not None else []),
+            *(["machines.spot=false"] if flags.nospot else []),
+            *([f"recipe.init_from={flags.checkpoint}"] if flags.checkpoint is not None else []),
+            *flags.set)
+
+
+def make_plan(flags: Flags, config: Config) -> Plan:
+    """Looks at the world and changes nothing. Raises BadValue and Refused."""
+    name = flags.name or flags.config
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}", name):
+        raise BadValue(f"{name!r} cannot be a run's name, which names a folder and machines. Take letters, digits, "
+                       f"'.', '_' and '-', at most 63, a letter or digit first")
+    chosen = flags.backend or ("local" if config.machines.kind == LOCAL else "aws")
+    if chosen not in backends.BACKENDS:
+        raise BadValue(f"There is no backend {chosen!r}; there is: {', '.join(backends.BACKENDS)}. On this machine:\n"
+                       f"  {command_of(replace(flags, backend='local'))}")
+    backend, run_dir = backends.load(chosen), Path("runs", name)
+    standing = run.standing(run_dir, config.recipe)
+    layout = backend.lay_out(config, run_dir, backend.survey(config))
+    try:
+        return Plan(name, flags.config, config, chosen, layout, overrides_of(flags), command_of(flags), standing,
+                    flags.launch_tensorboard)
+    except ValueError as error:
+        raise BadValue(str(error)) from error
+
+
+def command_of(flags: Flags) -> str:
+    """The command line to copy, without --dry_run."""
+    words = []
+    for f in fields(flags):
+        value = getattr(flags, f.name)
+        if value != f.default and f.name != "dry_run":
+            words += [f"--{f.name}={x}" for x in value] if isinstance(value, tuple) else \
+                     [f"--{f.name}" + (f"={value}" if value is not True else "")]
+    return shlex.join(["python", os.path.relpath(__file__), *words])
+
+
+def list_configs() -> str:
+    """The configs by group, for --help."""
+    lines = []
+    for group in dict.fromkeys(config.group for config in CONFIGS.values()):
+        lines += ["", group]
+        for name, config in CONFIGS.items():
+            if config.group == group:
+                machines, gpus, params = config.machines, config.machines.gpus_per_machine, config.recipe.params
+                columns = (f"{machines.count} x {machines.kind}" if machines.kind != LOCAL else "this machine",
+                           f"{gpus * machines.count} GPU{'s' * (gpus * machines.count > 1)}" if gpus else "",
+                           f"{params / 1e6:.1f}M parameters" if params else "",
+                           f"${machines.usd_per_hour:.2f}/h" if machines.usd_per_hour else "")
+                lines.append("  {:<28}{:<19}{:<10}{:<19}{:>9}".format(name, *columns))
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
