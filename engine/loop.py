@@ -1,0 +1,357 @@
+"""The training loop, one for all models: steps, evaluation, checkpoints, metrics, until the recipe says it ends."""
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine import checkpoint, optim
+from engine.config import Recipe
+from engine.metrics import Metrics, Stopwatch, brief, gpu_memory, peak_flops, ppl
+from engine.precision import precision_for
+from engine.run import Run
+from engine.schedule import lr_at
+from engine.task import Position, Score, Step, Task
+from engine.values import to_json
+from engine.world import World
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number or ran away. The message names step, tensor and the checkpoint that is good."""
+
+
+@dataclass
+class Progress:
+    """How far a run is: everything the next step depends on that is neither a weight nor a rank's own."""
+    step: int = 0
+    tokens: int = 0                               # targets trained on, over all ranks
+    position: Position = field(default_factory=Position)
+    valid_losses: list[float] = field(default_factory=list)
+    valid_step: int = -1                          # of the last evaluation
+    lowest_loss: float = float("inf")             # of a log interval
+    seconds: float = 0.0                          # of training, over all starts
+
+    def state(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def of(state: dict[str, Any]) -> Progress:
+        return Progress(**state | {"position": Position(**state["position"])})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a start of the run ended."""
+    finished: bool                                # False: it was asked to stop
+    step: int
+    tokens: int
+    test: Score | None
+
+
+def train(world: World, task: Task, recipe: Recipe, run: Run) -> Outcome:
+    """Train until recipe.stop, or until asked to stop; then, if it ended by itself, test once with the best weights.
+
+    Goes on from the newest complete checkpoint of the run, if there is one, exactly as if it had never stopped
+    (bit for bit on a CPU, with the same number of ranks). Collective. Raises Diverged, CheckpointError.
+    """
+    return _Training(world, task, recipe, run).until_the_end()
+
+
+class _Training:
+    def __init__(self, world: World, task: Task, recipe: Recipe, run: Run):
+        self.world, self.task, self.recipe, self.run = world, task, recipe, run
+        self.precision = precision_for(recipe.precision, world.device)
+        self.batch_size = recipe.batch.total(world.size)
+        self.peak_lr = recipe.optim.peak_lr(self.batch_size)
+        self.progress, self.carries = Progress(), []
+
+        torch.manual_seed(recipe.seed)             # the same initial weights on every rank
+        self.model = task.build().to(world.device)
+        if recipe.init_from:
+            load_weights(self.model, checkpoint.find(Path(recipe.init_from)))
+        self.names, self.parameters = zip(*self.model.named_parameters())
+        self.optimizer = optim.build(self.model.named_parameters(), recipe.optim, self.peak_lr)
+        self.scaler = self.precision.scaler()
+        torch.manual_seed(recipe.seed + 1 + world.rank)         # another dropout on each
+        self.window = _Window(world.device)
+        self._resume()
+
+        self.ddp = world.parallel(self.model)
+        self.guard = Guard(len(self.parameters), world.device)
+        self.metrics = Metrics(run.folder, self.progress.step, self.progress.tokens, active=world.leads)
+        self.watch, self.timed = Stopwatch(), (0, 0)             # steps and tokens on the watch since its last lap
+
+    def until_the_end(self) -> Outcome:
+        progress, clock, stop = self.progress, self.recipe.clock, self.recipe.stop
+        self.run.status("training", progress.step)
+        self._introduce()
+        steps = self.task.steps(self.world, progress.position)
+        requested = self.world.any_later(self.run.stop_requested())
+        while not stop.reached(progress.step, progress.tokens):
+            if requested():
+                return self._stopped()
+            self._step(next(steps))
+            # Answered one step late: asking every rank overlaps with the next step instead of waiting for it
+            requested = self.world.any_later(self.run.stop_requested())
+            ends = stop.reached(progress.step, progress.tokens)
+            if progress.step % clock.log_interval == 0 or ends:
+                self._log()
+            if progress.step % clock.eval_interval == 0 or ends:
+                self._validate()
+            elif progress.step % clock.checkpoint_interval == 0:
+                self._save(valid_loss=None)
+        requested()
+        return self._finished()
+
+    def _step(self, step: Step) -> None:
+        """One optimizer step. Nothing in it waits for the device (but fp16's scaler, which must know of overflows)."""
+        progress, world = self.progress, self.world
+        lr = lr_at(self.recipe.schedule, self.peak_lr, self.recipe.stop, step=progress.step, tokens=progress.tokens,
+                   tokens_after=progress.tokens + step.tokens, valid_losses=progress.valid_losses)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        if step.fresh or len(self.carries) != len(step.micro_batches):
+            self.carries = [None] * len(step.micro_batches)
+
+        loss = torch.zeros((), device=world.device)
+        for i, micro_batch in enumerate(step.micro_batches):
+            with world.accumulating(self.ddp, more=i + 1 < len(step.micro_batches)):
+                with self.precision.autocast():
+                    nats, self.carries[i] = self.task.loss(self.ddp, micro_batch, self.carries[i])
+                # ranks hold unequal shares and their gradients are averaged: every target weighs the same this way
+                self.scaler.scale(nats * (world.size / step.tokens)).backward()
+            loss += nats.detach()
+
+        self.scaler.unscale_(self.optimizer)
+        norm, norms = optim.clip_(self.parameters, self.recipe.optim.clip)
+        self.guard.watch(progress.step, loss, None if self.precision.scaled else norm, norms)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        self.window.add(loss, norm, step.tokens)
+        self.timed = (self.timed[0] + 1, self.timed[1] + step.tokens)
+        progress.step += 1
+        progress.tokens += step.tokens
+        progress.position = step.following
+        self.lr = lr
+
+    def _log(self) -> None:
+        """The window since the last log, as one line, one record and TensorBoard's tags; and the divergence check."""
+        progress, world = self.progress, self.world
+        self.guard.check(world, self.names, self._good_checkpoint)
+        total_nats, = world.sum(self.window.nats.item())         # waits for the device: the only place that does
+        seconds = self.watch.lap()
+        steps, tokens = self.window.steps, self.window.tokens
+        timed_steps, timed_tokens = self.timed
+        progress.seconds += seconds
+        loss, norm = total_nats / tokens, self.window.norm.item() / steps
+        rate = timed_tokens / seconds
+        peak = peak_flops(torch.cuda.get_device_name(), self.precision.name) if world.device.type == "cuda" else None
+        mfu = rate * self.task.flops_per_token / (peak * world.size) if peak else None
+        self.metrics.write("train", progress.step, progress.tokens, epoch=progress.position.epoch, loss=loss,
+                           ppl=ppl(loss), lr=self.lr, grad_norm=norm, tokens_per_s=rate, mfu=mfu,
+                           seconds=progress.seconds, loss_scale=self.scaler.get_scale() if self.precision.scaled else None)
+        self.metrics.tags(
+            progress.tokens, _loss=loss, learning__loss=loss, learning__ppl=ppl(loss), learning__lr=self.lr,
+            learning__base_lr=self.peak_lr, learning__epoch=progress.position.epoch + progress.position.index
+            / progress.position.steps, learning__grad_norm=norm, times__step=1000 * seconds / timed_steps,
+            times__batches_per_sec=timed_steps / seconds,
+            times__samples_per_sec=timed_steps * self.batch_size / seconds,
+            times__tokens_per_sec=rate, times__mfu=mfu, **gpu_memory(world.device))
+        for name, values in getattr(self.optimizer, "norms", {}).items():
+            self.metrics.histogram(f"lamb/{name}", values, progress.tokens)
+        remaining, total = self._remaining(tokens / steps)
+        eta = timedelta(seconds=int(remaining / rate)) if rate else "?"
+        self.run.log.info(f"step {progress.step}/{total} | tokens {brief(progress.tokens)} | loss {loss:.3f} | "
+                          f"ppl {ppl(loss):.2f} | lr {self.lr:.2e} | {brief(rate)} tok/s"
+                          + (f" | mfu {mfu:.1%}" if mfu else "") + f" | eta {eta}")
+        self.window, self.timed = _Window(world.device), (0, 0)
+        self.run.status("training", progress.step)
+
+        if loss > progress.lowest_loss + self.recipe.divergence_nats:
+            raise Diverged(f"The training loss rose to {loss:.3f} at step {progress.step}, "
+                           f"{loss - progress.lowest_loss:.2f} nats above its lowest. {self._good_checkpoint()} "
+                           f"Lower the learning rate (--set recipe.optim.lr=…) or warm up longer; "
+                           f"recipe.divergence_nats sets how far is too far.")
+        progress.lowest_loss = min(progress.lowest_loss, loss)
+
+    def _validate(self) -> None:
+        """Evaluate; then save, since these are the weights that the loss is of."""
+        self.guard.check(self.world, self.names, self._good_checkpoint)
+        with self.watch.paused():
+            score = self._evaluate("valid")
+            progress = self.progress
+            progress.valid_losses.append(score.loss)
+            progress.valid_step = progress.step
+            self._report("valid", score)
+        self._save(valid_loss=score.loss)
+
+    def _evaluate(self, split: str) -> Score:
+        self.model.eval()
+        with torch.no_grad(), self.precision.autocast():
+            score = self.task.evaluate(self.model, split, self.world)
+        self.model.train()
+        return score
+
+    def _report(self, split: str, score: Score) -> None:
+        progress, tag = self.progress, {"valid": "val"}.get(split, split)
+        self.metrics.write(split, progress.step, progress.tokens, loss=score.loss, ppl=ppl(score.loss),
+                           eval_tokens=score.tokens, seconds=score.seconds, protocol=score.protocol)
+        self.metrics.tags(progress.tokens, **{f"learning__{tag}_loss": score.loss, f"learning__{tag}_ppl": ppl(score.loss)})
+        self.run.log.info(f"{split} at step {progress.step} | loss {score.loss:.4f} | ppl {ppl(score.loss):.3f} | "
+                          f"{score.tokens} tokens in {score.seconds:.1f} s | {score.protocol}")
+
+    def _save(self, valid_loss: float | None) -> None:
+        self.guard.check(self.world, self.names, self._good_checkpoint)          # a checkpoint is always of good weights
+        with self.watch.paused():
+            cuda = self.world.device.type == "cuda"
+            shared = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                      "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
+            own = {"carries": self.carries, "cpu_rng": torch.get_rng_state(), "window": self.window.state(),
+                   "cuda_rng": torch.cuda.get_rng_state() if cuda else None}
+            checkpoint.save(self.world, self.run.checkpoints, self.progress.step, shared, own,
+                            {"tokens": self.progress.tokens, "valid_loss": valid_loss}, self.recipe.clock.keep_checkpoints)
+
+    def _resume(self) -> None:
+        """From the newest complete checkpoint. With another number of ranks the memories and generators start anew."""
+        found = checkpoint.complete(self.run.checkpoints)
+        if not found:
+            return
+        newest = found[-1]
+        shared = newest.shared(self.world.device)
+        self.model.load_state_dict(shared["model"])
+        self.optimizer.load_state_dict(shared["optimizer"])
+        self.scaler.load_state_dict(shared["scaler"])
+        self.progress = Progress.of(shared["progress"])
+        self.run.log.info(f"resuming from {newest.path}, step {newest.step}")
+        if newest.ranks != self.world.size:
+            self.run.log.info(f"the checkpoint is of {newest.ranks} ranks and this is {self.world.size}: "
+                              f"memories start empty, so the curve is not continued to the last bit")
+            return
+        own = newest.of_rank(self.world.rank)
+        self.carries = _to(own["carries"], self.world.device)
+        torch.set_rng_state(own["cpu_rng"])
+        if own["cuda_rng"] is not None and self.world.device.type == "cuda":
+            torch.cuda.set_rng_state(own["cuda_rng"])
+        self.window = _Window.of(own["window"], self.world.device)
+
+    def _stopped(self) -> Outcome:
+        progress = self.progress
+        self._save(valid_loss=None)
+        self.run.log.info(f"stopped at step {progress.step} as asked; the checkpoint is in {self.run.checkpoints}")
+        self.run.stop_honoured()
+        self.run.status("stopped", progress.step)
+        self.metrics.close()
+        return Outcome(False, progress.step, progress.tokens, None)
+
+    def _finished(self) -> Outcome:
+        progress = self.progress
+        if progress.valid_step != progress.step:
+            self._validate()                       # a resumed run whose recipe ended it here
+        best = checkpoint.best(checkpoint.complete(self.run.checkpoints))
+        load_weights(self.model, best)
+        score = self._evaluate("test")
+        self._report("test", score)
+        self.run.stop_honoured()
+        self.run.status("finished", progress.step, f"test ppl {ppl(score.loss):.3f} with the weights of step {best.step}")
+        self.metrics.close()
+        return Outcome(True, progress.step, progress.tokens, score)
+
+    def _introduce(self) -> None:
+        params = sum(p.numel() for p in self.parameters)
+        self.run.describe_machine()
+        self.metrics.text("args", f"```\n{json.dumps(to_json(self.recipe), indent=1)}\n```")
+        self.metrics.tags(self.progress.tokens, sizes__params=params, sizes__batch_size=self.batch_size,
+                          **{f"sizes__{key}": x for key, x in getattr(self.task, "sizes", {}).items()})
+        self.run.log.info(f"{params:,} parameters | {self.world.size} rank(s) on {self.world.device.type}, "
+                          f"{self.precision.name} | {self.batch_size} sequences a step | peak lr {self.peak_lr:.4g}")
+
+    def _remaining(self, tokens_per_step: float) -> tuple[float, int]:
+        """Tokens to go, and the step at which the run ends (an estimate where tokens decide)."""
+        progress, stop = self.progress, self.recipe.stop
+        to_go = [(stop.max_steps - progress.step) * tokens_per_step] if stop.max_steps is not None else []
+        to_go += [stop.max_tokens - progress.tokens] if stop.max_tokens is not None else []
+        remaining = max(0.0, min(to_go))
+        return remaining, progress.step + round(remaining / tokens_per_step)
+
+    def _good_checkpoint(self) -> str:
+        found = checkpoint.complete(self.run.checkpoints)
+        return (f"The last good checkpoint is {found[-1].path} (step {found[-1].step})." if found
+                else "No checkpoint had been written yet.")
+
+
+class _Window:
+    """What happened since the last log line; the sums stay on the device."""
+
+    def __init__(self, device: torch.device):
+        self.nats = torch.zeros((), dtype=torch.float64, device=device)
+        self.norm = torch.zeros((), device=device)
+        self.steps = self.tokens = 0
+
+    def add(self, nats: Tensor, norm: Tensor, tokens: int) -> None:
+        self.nats += nats
+        self.norm += norm
+        self.steps += 1
+        self.tokens += tokens
+
+    def state(self) -> dict[str, Any]:
+        return vars(self)
+
+    @staticmethod
+    def of(state: dict[str, Any], device: torch.device) -> _Window:
+        window = _Window(device)
+        vars(window).update({key: _to(x, device) for key, x in state.items()})
+        return window
+
+
+class Guard:
+    """Remembers on the device the first step whose loss or gradient is not finite, and each tensor's norm there;
+    asking it is a wait for the device, watching is not."""
+
+    def __init__(self, tensors: int, device: torch.device):
+        self.step = torch.full((), -1, dtype=torch.int64, device=device)
+        self.loss = torch.zeros((), device=device)
+        self.norms = torch.zeros(tensors, device=device)
+
+    def watch(self, step: int, loss: Tensor, norm: Tensor | None, norms: Tensor) -> None:
+        """`norm` None: an overflowing gradient is no fault (fp16's scaler skips such steps), only the loss counts."""
+        bad = ~torch.isfinite(loss) if norm is None else ~(torch.isfinite(loss) & torch.isfinite(norm))
+        first = bad & (self.step < 0)
+        self.step = torch.where(first, step, self.step)
+        self.loss = torch.where(first, loss, self.loss)
+        self.norms = torch.where(first, norms, self.norms)
+
+    def check(self, world: World, names: tuple[str, ...], good_checkpoint: Any) -> None:
+        """Collective. Raises Diverged on every rank if any rank saw such a step."""
+        step = int(self.step)
+        bad, = world.sum(float(step >= 0))
+        if not bad:
+            return
+        if step < 0:
+            raise Diverged(f"Another rank's loss is not finite, see its log. {good_checkpoint()}")
+        wrong = [name for name, norm in zip(names, self.norms.tolist()) if norm != norm or norm == float("inf")]
+        tensors = f"the gradient of {wrong[0]} (and of {len(wrong) - 1} more tensors)" if wrong else "no gradient"
+        raise Diverged(f"At step {step} the loss of rank {world.rank} was {self.loss.item():.4g}, and {tensors} was not "
+                       f"finite. {good_checkpoint()} Lower the learning rate (--set recipe.optim.lr=…), warm up longer, or "
+                       f"use another precision, and run the same command again.")
+
+
+def load_weights(model: nn.Module, source: checkpoint.Checkpoint) -> None:
+    """The model's weights from a checkpoint. Raises CheckpointError, naming the tensors, where they do not fit."""
+    try:
+        model.load_state_dict(source.shared("cpu")["model"])
+    except RuntimeError as error:
+        raise checkpoint.CheckpointError(f"The weights of {source.path} do not fit this model: {error}") from error
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return type(value)(_to(x, device) for x in value) if isinstance(value, (list, tuple)) else value

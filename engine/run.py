@@ -1,0 +1,85 @@
+"""A run's folder as the trainer sees it: its log, its status, and requests to stop."""
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Literal
+
+import torch
+
+from engine.world import World
+
+State = Literal["training", "finished", "stopped", "failed"]
+
+
+class Run:
+    """`folder` holds recipe.json; everything else about the run is written beside it (docs/design.md has the list)."""
+
+    def __init__(self, folder: Path, world: World):
+        self.folder, self.world = folder, world
+        self.checkpoints = folder / "checkpoints"
+        self.log = self._logger()
+        self._signalled, self._step = False, 0
+
+    def status(self, state: State, step: int, message: str = "") -> None:
+        """Replace status.json, which tells whoever launched the run how it is doing; by the leading rank only."""
+        self._step = step
+        if self.world.leads:
+            self._write_status(state, step, message)
+
+    def describe_machine(self) -> None:
+        """machine.json: what a number needs beside it to be compared with another."""
+        if self.world.leads:
+            cuda = self.world.device.type == "cuda"
+            (self.folder / "machine.json").write_text(json.dumps({
+                "ranks": self.world.size, "device": torch.cuda.get_device_name() if cuda else platform.processor(),
+                "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(), "platform": platform.platform(),
+                "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}, indent=1))
+
+    def listen(self) -> None:
+        """From now on SIGTERM and SIGINT ask for a stop instead of ending the process."""
+        def note(signum: int, frame: FrameType | None) -> None:
+            self._signalled = True
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, note)
+
+    def fail(self, error: BaseException, traceback: bool = False) -> None:
+        """Say in this rank's log what ended it. The first rank to fail is the one whose message status.json keeps."""
+        self.log.error(f"{type(error).__name__}: {error}", exc_info=error if traceback else None)
+        status = self.folder / "status.json"
+        if not (status.exists() and json.loads(status.read_text())["state"] == "failed"):
+            self._write_status("failed", self._step, f"{type(error).__name__}: {error}")
+
+    def stop_requested(self) -> bool:
+        """Whether this rank was signalled, or (asked by the leading rank only) the file `stop` is there."""
+        return self._signalled or (self.world.leads and (self.folder / "stop").exists())
+
+    def stop_honoured(self) -> None:
+        """Take the request away, so that the next start does not stop again."""
+        if self.world.leads:
+            (self.folder / "stop").unlink(missing_ok=True)
+
+    def _write_status(self, state: State, step: int, message: str) -> None:
+        beside = self.folder / f".status-{self.world.rank}.json"
+        beside.write_text(json.dumps({"state": state, "step": step, "message": message}))
+        os.replace(beside, self.folder / "status.json")
+
+    def _logger(self) -> logging.Logger:
+        """logs/rank-R.log, and for the leading rank the standard output too."""
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        log = logging.getLogger(f"{__name__}.{self.folder}.{self.world.rank}")
+        log.setLevel(logging.INFO)
+        log.propagate = False
+        handlers: list[logging.Handler] = [logging.FileHandler(self.folder / "logs" / f"rank-{self.world.rank}.log")]
+        if self.world.leads:
+            handlers.append(logging.StreamHandler(sys.stdout))
+        for handler in handlers:
+            handler.setFormatter(logging.Formatter("%(message)s"))
+        log.handlers = handlers
+        return log

@@ -1,0 +1,76 @@
+"""The ranks of a run. One process is a world of one, so no caller asks whether it is distributed."""
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class World:
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """True on the one rank that writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, *values: float) -> tuple[float, ...]:
+        """The sums over all ranks, in float64, the same on each."""
+        total = torch.tensor(values, dtype=torch.float64)
+        if self.size > 1:
+            dist.all_reduce(total)
+        return tuple(total.tolist())
+
+    def any_later(self, flag: bool) -> Callable[[], bool]:
+        """Whether any rank said so: asked now, answered when called. Between the two the ranks go on working."""
+        total = torch.tensor(float(flag))
+        pending = dist.all_reduce(total, async_op=True) if self.size > 1 else None
+
+        def answer() -> bool:
+            if pending is not None:
+                pending.wait()
+            return bool(total > 0)
+        return answer
+
+    def barrier(self) -> None:
+        self.sum(0.0)                              # gloo on the CPU whatever the device: never waits for a GPU's queue
+
+    def parallel(self, model: nn.Module) -> nn.Module:
+        """The model such that gradients, after backward, are the mean over ranks."""
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                       broadcast_buffers=False, gradient_as_bucket_view=True)
+
+    def accumulating(self, model: nn.Module, more: bool) -> contextlib.AbstractContextManager:
+        """Around a micro-batch: with `more` to come, gradients stay on their rank."""
+        return model.no_sync() if more and self.size > 1 else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def world(timeout_s: float = 1800.0) -> Iterator[World]:
+    """The world that torchrun's environment describes, or a world of one. On a GPU where there is one for each rank."""
+    rank, local_rank, size = (int(os.environ.get(name, default))
+                              for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
+    cuda = torch.cuda.is_available() and torch.cuda.device_count() > local_rank
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    try:
+        yield World(rank, local_rank, size, device)
+    finally:
+        if size > 1:
+            dist.destroy_process_group()

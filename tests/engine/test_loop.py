@@ -1,0 +1,231 @@
+"""The training loop: exact resume, ranks that add up, an end that is an end, and no training on garbage."""
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+from engine import checkpoint
+from engine.config import Batch, Clock, Optim, Schedule, Stop
+from engine.loop import Diverged
+from tests.ranks import run_ranks
+from tests.txl.small import RECIPE, corpus, train_here
+from txl.config import Context
+
+EXACT = {
+    "fp32": RECIPE,
+    "bf16": replace(RECIPE, precision="bf16"),
+    "accumulation": replace(RECIPE, batch=Batch(size=4, micro_size=1)),
+    "uneven_accumulation": replace(RECIPE, batch=Batch(size=5, micro_size=2)),
+    "adamw_plateau": replace(RECIPE, optim=Optim("adamw", lr=0.01), schedule=Schedule("plateau")),
+    "ext_len": replace(RECIPE, context=Context(tgt_len=6, mem_len=5, ext_len=3)),
+}
+
+
+def same(a, b, where=""):
+    """Bit for bit, through dictionaries and lists."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b)):
+            same(x, y, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
+
+
+def assert_same_run(one, other, ranks=1):
+    """Same weights, optimizer, memories, generators and logged losses at the end."""
+    a, b = (checkpoint.complete(folder / "checkpoints")[-1] for folder in (one, other))
+    assert a.step == b.step
+    first, second = a.shared(), b.shared()
+    for state in (first, second):
+        state["progress"].pop("seconds")
+    same(first, second)
+    for rank in range(ranks):
+        same(a.of_rank(rank), b.of_rank(rank))
+    same(losses(one), losses(other))
+
+
+def losses(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(r["kind"], r["step"], r["tokens"], r["loss"]) for r in records]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, name):
+    recipe = EXACT[name]
+    train_here(tmp_path / "straight", recipe)
+    for stop_after in (1, 5, 6, 5):                               # between logs, evaluations and epochs: 1, 6, 12, 17
+        assert not train_here(tmp_path / "stopped", recipe, stop_after=stop_after).finished
+    train_here(tmp_path / "stopped", recipe)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "accumulation"])
+def test_two_ranks_stopped_and_resumed_equal_never_stopped_bit_for_bit(tmp_path, name):
+    recipe = EXACT[name]
+    run_ranks(2, train_here, tmp_path / "straight", recipe)
+    run_ranks(2, train_here, tmp_path / "stopped", recipe, None, 7)
+    run_ranks(2, train_here, tmp_path / "stopped", recipe, None, 6)
+    run_ranks(2, train_here, tmp_path / "stopped", recipe)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped", ranks=2)
+
+
+def test_resuming_from_any_checkpoint_after_a_kill_gives_the_same_run(tmp_path):
+    """A killed run has logged more than its last checkpoint knows; that part is done again, not logged twice."""
+    train_here(tmp_path / "straight")
+    for step in (3, 6, 10, 15, 18):
+        shutil.copytree(tmp_path / "straight", tmp_path / "killed")
+        for later in checkpoint.complete(tmp_path / "killed" / "checkpoints"):
+            if later.step > step:
+                shutil.rmtree(later.path)
+        with open(tmp_path / "killed" / "metrics.jsonl", "a") as file:
+            file.write('{"kind": "train", "step": 2')             # cut off in the middle of a line
+        train_here(tmp_path / "killed")
+        assert_same_run(tmp_path / "straight", tmp_path / "killed")
+        shutil.rmtree(tmp_path / "killed")
+
+
+def final_weights(folder):
+    return checkpoint.complete(folder / "checkpoints")[-1].shared()["model"]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_several_ranks_equal_one_rank_with_the_whole_batch(tmp_path, ranks):
+    """Also where the ranks' shares differ: 5 sequences on 2 ranks, 5 on 3. SGD, for Adam would magnify rounding."""
+    recipe = replace(RECIPE, model=replace(RECIPE.model, dropout=0.0, dropatt=0.0), batch=Batch(size=5),
+                     optim=Optim("sgd", lr=0.5))
+    train_here(tmp_path / "one", recipe)
+    run_ranks(ranks, train_here, tmp_path / "many", recipe)
+    for name, weight in final_weights(tmp_path / "one").items():
+        assert_close(final_weights(tmp_path / "many")[name], weight, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    for one, many in zip(losses(tmp_path / "one"), losses(tmp_path / "many")):
+        assert one[:3] == many[:3]
+        assert one[3] == pytest.approx(many[3], rel=1e-4)
+
+
+def test_local_batches_of_two_ranks_equal_twice_the_batch_on_one(tmp_path):
+    recipe = replace(RECIPE, model=replace(RECIPE.model, dropout=0.0, dropatt=0.0), optim=Optim("sgd", lr=0.5))
+    train_here(tmp_path / "one", replace(recipe, batch=Batch(local_size=6)))
+    run_ranks(2, train_here, tmp_path / "two", replace(recipe, batch=Batch(local_size=3)))
+    for name, weight in final_weights(tmp_path / "one").items():
+        assert_close(final_weights(tmp_path / "two")[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_accumulated_micro_batches_equal_the_whole_batch(tmp_path):
+    recipe = replace(RECIPE, model=replace(RECIPE.model, dropout=0.0, dropatt=0.0), optim=Optim("sgd", lr=0.5))
+    train_here(tmp_path / "whole", replace(recipe, batch=Batch(size=5)))
+    train_here(tmp_path / "pieces", replace(recipe, batch=Batch(size=5, micro_size=2)))
+    for name, weight in final_weights(tmp_path / "whole").items():
+        assert_close(final_weights(tmp_path / "pieces")[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_a_run_of_two_ranks_goes_on_with_one(tmp_path):
+    """Not to the bit, for memories start anew, but it goes on from its step and learns."""
+    run_ranks(2, train_here, tmp_path, RECIPE, None, 9)
+    outcome = train_here(tmp_path)
+    assert outcome.finished
+    assert outcome.step == 20
+    assert "memories start empty" in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+def test_it_stops_when_it_says_and_tests_once_with_the_best_weights(tmp_path):
+    recipe = replace(RECIPE, stop=Stop(max_tokens=1000), clock=Clock(log_interval=4, eval_interval=5, checkpoint_interval=3))
+    outcome = train_here(tmp_path, recipe)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    valid = {r["step"]: r["loss"] for r in records if r["kind"] == "valid"}
+    tests = [r for r in records if r["kind"] == "test"]
+    assert 1000 <= outcome.tokens < 1000 + 32
+    assert [r["step"] for r in tests] == [outcome.step]
+    assert tests[0]["eval_tokens"] == 97
+    assert "every token once, 3 streams" in tests[0]["protocol"]
+    found = checkpoint.complete(tmp_path / "checkpoints")
+    assert checkpoint.best(found).step == min(valid, key=valid.get)
+    assert len(found) <= 3                                        # the two newest and the best
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["state"] == "finished"
+    assert f"{math.exp(outcome.test.loss):.3f}" in status["message"]
+
+
+def test_a_finished_run_started_again_changes_nothing(tmp_path):
+    first = train_here(tmp_path)
+    weights = final_weights(tmp_path)
+    again = train_here(tmp_path)
+    assert again.test.loss == first.test.loss
+    same(final_weights(tmp_path), weights)
+
+
+def test_a_text_that_repeats_beyond_the_segment_is_predicted_with_memory_and_not_without(tmp_path):
+    """Nine of ten tokens are what stood 12 tokens before; a segment has 8, so only memory can tell."""
+    generator = np.random.default_rng(0)
+    text = generator.integers(0, 20, 6000).astype(np.uint16)
+    for i in range(12, len(text)):
+        if generator.random() < 0.9:
+            text[i] = text[i - 12]
+    data = corpus(train=text[:5000], n_token=20)
+    data.splits["valid"] = data.splits["test"] = text[5000:]
+    recipe = replace(RECIPE, model=replace(RECIPE.model, n_layer=1, d_model=32, d_head=16, d_inner=64, dropout=0.0,
+                                           dropatt=0.0, cutoffs=()),
+                     batch=Batch(size=16), eval_streams=4, optim=Optim("adam", lr=0.01),
+                     schedule=Schedule("cosine", warmup_steps=20), stop=Stop(max_steps=200),
+                     clock=Clock(log_interval=100, eval_interval=200))
+
+    def test_loss(mem_len):
+        context = Context(tgt_len=8, mem_len=mem_len)
+        return train_here(tmp_path / f"mem-{mem_len}", replace(recipe, context=context, eval_context=context), data).test.loss
+
+    repeats = 0.9 + 0.1 / 20
+    best_possible = -repeats * math.log(repeats) - (1 - repeats) * math.log(0.1 / 20)
+    assert test_loss(0) > math.log(20) - 0.1                       # no better than a guess
+    assert test_loss(16) < best_possible + 0.6
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_tensor(tmp_path):
+    recipe = replace(RECIPE, optim=Optim("sgd", lr=1e30, clip=None), clock=Clock(log_interval=4, checkpoint_interval=3))
+    train_here(tmp_path, stop_after=7)                            # a good run up to here
+    with pytest.raises(Diverged, match=r"At step \d+ the loss .* the gradient of \S+ .*step-0000000\d \(step \d+\)"):
+        train_here(tmp_path, replace(recipe, optim=replace(RECIPE.optim, lr=1e30, clip=None)))
+    newest = checkpoint.complete(tmp_path / "checkpoints")[-1]
+    assert all(torch.isfinite(x).all() for x in newest.shared()["model"].values())
+
+
+def test_a_loss_that_runs_away_stops_the_run(tmp_path):
+    recipe = replace(RECIPE, optim=Optim("sgd", lr=3.0, clip=None), schedule=Schedule("constant"),
+                     divergence_nats=0.05, stop=Stop(max_steps=400), clock=Clock(log_interval=2, eval_interval=400))
+    with pytest.raises(Diverged, match="rose to .* at step"):
+        train_here(tmp_path, recipe)
+
+
+def test_fp16_skips_overflowing_steps_and_still_learns(tmp_path):
+    recipe = replace(RECIPE, precision="fp16", stop=Stop(max_steps=40), optim=Optim("adam", lr=0.01))
+    train_here(tmp_path, recipe)
+    logged = [x[3] for x in losses(tmp_path) if x[0] == "train"]
+    assert logged[-1] < logged[0] - 0.5
+
+
+def test_warm_start_takes_the_weights_of_another_run_and_nothing_else(tmp_path):
+    train_here(tmp_path / "first")
+    best = checkpoint.find(tmp_path / "first")
+    recipe = replace(RECIPE, init_from=str(tmp_path / "first"), optim=replace(RECIPE.optim, lr=0.0))
+    train_here(tmp_path / "second", recipe, stop_after=2)
+    same(final_weights(tmp_path / "second"), best.shared()["model"])
+    assert checkpoint.complete(tmp_path / "second" / "checkpoints")[-1].step == 2
+
+
+def test_a_warm_start_that_does_not_fit_names_the_tensors(tmp_path):
+    train_here(tmp_path / "first", stop_after=2)
+    recipe = replace(RECIPE, init_from=str(tmp_path / "first"), model=replace(RECIPE.model, d_inner=25))
+    with pytest.raises(checkpoint.CheckpointError, match="feed_forward"):
+        train_here(tmp_path / "second", recipe)

@@ -1,0 +1,94 @@
+"""Ordered batches: every target once, each after what precedes it, whatever the ranks and streams."""
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from engine.config import Batch
+from txl.adaptive import IGNORE
+from txl.batches import Streams
+from txl.config import Context
+
+START = 99
+
+
+def text(length: int) -> np.ndarray:
+    return np.arange(length, dtype=np.uint16) + 100                # token i is 100 + i, so a token tells where it is from
+
+
+@pytest.mark.parametrize("length", [1, 7, 24, 25, 101])
+@pytest.mark.parametrize("streams", [1, 2, 3, 8])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("tgt_len", [1, 4, 10])
+def test_every_token_is_a_target_exactly_once(length, streams, ranks, tgt_len):
+    context = Context(tgt_len, mem_len=4, ext_len=2)
+    whole = Streams(text(length), START, streams)
+    seen = []
+    for k in range(whole.segments(tgt_len)):
+        here = []
+        for rank in range(ranks):
+            share = range(rank * streams // ranks, (rank + 1) * streams // ranks)
+            if share:
+                segment = whole.segment(share, k, context)
+                here += segment.targets_BT[segment.targets_BT != IGNORE].tolist()
+        assert len(here) == whole.targets(k, tgt_len)
+        seen += here
+    assert sorted(seen) == text(length).tolist()
+
+
+@pytest.mark.parametrize("ext_len", [0, 3])
+def test_inputs_are_the_text_before_the_targets(ext_len):
+    context = Context(tgt_len=5, mem_len=4, ext_len=ext_len)
+    streams = Streams(text(53), START, 4)
+    for k in range(streams.segments(5)):
+        segment = streams.segment(range(4), k, context)
+        again = segment.tokens_BQ.size(1) - segment.targets_BT.size(1)
+        assert again == (ext_len if k else 0)
+        for tokens, targets in zip(segment.tokens_BQ.tolist(), segment.targets_BT.tolist()):
+            for i, target in enumerate(targets):
+                if target != IGNORE:
+                    assert tokens[again + i] == (START if target == 100 else target - 1)
+                    assert tokens[again:] == sorted(tokens[again:]) or START in tokens or IGNORE in targets
+            for i in range(again):
+                assert tokens[i] == targets[0] - 1 - again + i
+
+
+def test_a_stream_goes_on_where_its_last_segment_ended():
+    streams = Streams(text(1000), START, 7)
+    context = Context(tgt_len=10, mem_len=4)
+    segments = [streams.segment(range(2, 5), k, context).targets_BT for k in range(streams.segments(10))]
+    for before, after in zip(segments, segments[1:]):
+        for a, b in zip(before.tolist(), after.tolist()):
+            assert b[0] in (a[-1] + 1, IGNORE)
+
+
+def test_padding_occurs_only_at_the_end_of_the_last_segment():
+    streams = Streams(text(103), START, 10)
+    context = Context(tgt_len=4, mem_len=4)
+    for k in range(streams.segments(4)):
+        padded = streams.segment(range(10), k, context).targets_BT == IGNORE
+        assert not padded[:, :-1].any()
+        assert k == streams.segments(4) - 1 or not padded.any()
+
+
+def test_ranks_and_micro_batches_partition_the_batch_without_losing_a_sequence():
+    for total in (5, 8, 13, 96):
+        for ranks in range(1, 6):
+            for micro in (None, 1, 2, 5):
+                batch = Batch(size=total, micro_size=micro)
+                pieces = [batch.micro_batches(rank, ranks) for rank in range(ranks)]
+                assert [s for rank in pieces for piece in rank for s in piece] == list(range(total))
+                sizes = [sum(map(len, rank)) for rank in pieces]
+                assert max(sizes) - min(sizes) <= 1
+                assert micro is None or all(len(piece) <= micro for rank in pieces for piece in rank)
+
+
+def test_a_batch_smaller_than_the_ranks_is_refused_with_what_to_do():
+    with pytest.raises(ValueError, match="at most 3 ranks"):
+        Batch(size=3).total(4)
+
+
+def test_cluster_rows_tell_which_targets_each_tail_cluster_has():
+    streams = Streams(np.array([0, 5, 3, 9, 5, 1, 8], dtype=np.uint16), 0, 1)
+    segment = streams.segment(range(1), 0, Context(tgt_len=7, mem_len=0), cutoffs=(3, 6))
+    assert [rows.tolist() for rows in segment.rows] == [[1, 2, 4], [3, 6]]

@@ -1,0 +1,103 @@
+"""Transformer-XL as the engine's task: what a step reads, what it loses, how a split is scored."""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.task import Position, Score, Step
+from engine.world import World
+from txl.batches import Segment, Streams
+from txl.config import Context, Recipe, train_flops_per_token
+from txl.data import Corpus
+from txl.model import Memory, TransformerXL
+
+
+@dataclass(frozen=True)
+class TransformerXLTask:
+    recipe: Recipe
+    corpus: Corpus
+
+    @property
+    def flops_per_token(self) -> float:
+        return train_flops_per_token(self.recipe.model, self.recipe.context)
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """For the log: the length of a sequence, and the parameters that are not embeddings."""
+        net = self._skeleton()
+        tables = sum(p.numel() for p in net.vocabulary.parameters())
+        return {"seq_size": self.recipe.context.tgt_len,
+                "non_emb_params": sum(p.numel() for p in net.parameters()) - tables}
+
+    def build(self) -> TransformerXL:
+        net = TransformerXL(self.recipe.model, self.corpus.n_token)
+        if self.recipe.clock.compile:
+            for layer in net.layers:
+                layer.compile()                    # one graph serves all layers: they differ in weights only
+        return net
+
+    def steps(self, world: World, start: Position) -> Iterator[Step]:
+        """Epoch after epoch of ordered segments; memory starts anew with each epoch, since the text does."""
+        context, cutoffs = self.recipe.context, self.recipe.model.cutoffs
+        streams = self._streams("train", self.recipe.batch.total(world.size))
+        shares = self.recipe.batch.micro_batches(world.rank, world.size)
+        count = streams.segments(context.tgt_len)
+        epoch, first = start.epoch, start.index * count // start.steps
+        while True:
+            for k in range(first, count):
+                following = Position(epoch, k + 1, count) if k + 1 < count else Position(epoch + 1, 0, count)
+                segments = tuple(streams.segment(share, k, context, cutoffs).to(world.device) for share in shares)
+                yield Step(Position(epoch, k, count), following, segments, streams.targets(k, context.tgt_len), k == 0)
+            epoch, first = epoch + 1, 0
+
+    def loss(self, model: nn.Module, segment: Segment, memory: Memory | None) -> tuple[Tensor, Memory]:
+        nll_BT, memory = model(segment.tokens_BQ, segment.targets_BT, memory, self.recipe.context, segment.rows)
+        return nll_BT.sum(), memory
+
+    def evaluate(self, model: nn.Module, split: str, world: World) -> Score:
+        """By the recipe's context for the split: test_context for the test where it is given, else eval_context."""
+        context = self.recipe.eval_context
+        if split == "test" and self.recipe.test_context is not None:
+            context = self.recipe.test_context
+        return evaluate(model, self.corpus, split, context, self.recipe.eval_streams, world)
+
+    def _streams(self, split: str, count: int) -> Streams:
+        return Streams(self.corpus.splits[split], self.corpus.vocab.start, count)
+
+    def _skeleton(self) -> TransformerXL:
+        with torch.device("meta"):
+            return TransformerXL(self.recipe.model, self.corpus.n_token)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, corpus: Corpus, split: str, context: Context, count: int, world: World) -> Score:
+    """The exact loss of a split: every token of it once, in `count` parallel streams that each start without memory.
+
+    The number depends on `count` (short streams know less), not on the ranks, which share the streams out.
+    """
+    begin = time.perf_counter()
+    streams = Streams(corpus.splits[split], corpus.vocab.start, count)
+    mine = range(world.rank * count // world.size, (world.rank + 1) * count // world.size)
+    nats = torch.zeros((), dtype=torch.float64, device=world.device)
+    tokens, memory = 0, None
+    for k in range(streams.segments(context.tgt_len) if mine else 0):
+        segment = streams.segment(mine, k, context, model.config.cutoffs)
+        tokens += int((segment.targets_BT >= 0).sum())
+        segment = segment.to(world.device)
+        nll_BT, memory = model(segment.tokens_BQ, segment.targets_BT, memory, context, segment.rows)
+        nats += nll_BT.sum(dtype=torch.float64)
+    nats, tokens = world.sum(nats.item(), tokens)
+    return Score(nats, int(tokens), time.perf_counter() - begin, protocol(context, count))
+
+
+def protocol(context: Context, count: int) -> str:
+    """How a number was measured, in words: without them perplexities cannot be compared."""
+    words = [f"every token once, {count} streams from an empty memory",
+             f"tgt_len {context.tgt_len}, mem_len {context.mem_len}"]
+    words += [f"ext_len {context.ext_len}"] if context.ext_len else []
+    words += [f"clamp_len {context.clamp_len}"] if context.clamp_len else []
+    return ", ".join(words + (["same_length"] if context.same_length else []))
