@@ -1,0 +1,291 @@
+"""Downloads from a real server on the loopback, archives made on the spot, the standard library's own files."""
+import hashlib
+import http.server
+import io
+import re
+import socket
+import sys
+import sysconfig
+import tarfile
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from txl import datasets
+from txl.datasets import SOURCES, DataError, File, download, fetch, stdlib_files, write_stdlib
+
+BODY = bytes(range(256)) * 4000
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Serves BODY and notes what it was asked for and what it sent."""
+
+    def __init__(self, ranges: bool = True, cut_at: int | None = None, body: bytes = BODY):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.ranges, self.cut_at, self.body = ranges, cut_at, body
+        self.asked, self.sent = [], []
+        threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}/body.bin"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        asked, body = self.headers["Range"], self.server.body
+        self.server.asked.append(asked)
+        start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.server.ranges else 0
+        if start >= len(body):
+            return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(body) - start))
+        self.end_headers()
+        end = self.server.cut_at if self.server.cut_at and len(self.server.asked) == 1 else len(body)
+        self.server.sent.append(end - start)
+        self.wfile.write(body[start:end])
+        return None
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve():
+    servers = []
+
+    def start(**options) -> Server:
+        servers.append(Server(**options))
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def body_at(*urls: str, body: bytes = BODY, **options) -> File:
+    return File(urls, f"sha256:{hashlib.sha256(body).hexdigest()}", **options)
+
+
+def test_a_download_is_the_servers_bytes(serve, tmp_path):
+    server = serve()
+    path = download(body_at(server.url, size=len(BODY)), tmp_path / "new" / "folder")
+    assert path.read_bytes() == BODY
+    assert sorted(p.name for p in path.parent.iterdir()) == ["body.bin"]
+
+
+def test_a_download_goes_on_where_an_earlier_one_stopped(serve, tmp_path):
+    server = serve()
+    (tmp_path / "body.bin.part").write_bytes(BODY[:700_000])
+    assert download(body_at(server.url, size=len(BODY)), tmp_path).read_bytes() == BODY
+    assert (server.asked, server.sent) == (["bytes=700000-"], [len(BODY) - 700_000])
+
+
+def test_a_connection_that_is_cut_is_taken_up_again(serve, tmp_path):
+    server = serve(cut_at=300_000)
+    assert download(body_at(server.url), tmp_path).read_bytes() == BODY
+    assert server.asked == [None, "bytes=300000-"]
+    assert server.sent == [300_000, len(BODY) - 300_000]
+
+
+def test_a_server_without_ranges_sends_all_of_it_again(serve, tmp_path):
+    server = serve(ranges=False)
+    (tmp_path / "body.bin.part").write_bytes(b"x" * 700_000)
+    assert download(body_at(server.url), tmp_path).read_bytes() == BODY
+    assert server.sent == [len(BODY)]
+
+
+def test_a_complete_part_is_not_asked_for_again(serve, tmp_path):
+    server = serve()
+    (tmp_path / "body.bin.part").write_bytes(BODY)
+    assert download(body_at(server.url, size=len(BODY)), tmp_path).read_bytes() == BODY
+    assert server.asked == []
+
+
+def test_a_part_that_is_too_long_is_begun_anew(serve, tmp_path):
+    server = serve()
+    (tmp_path / "body.bin.part").write_bytes(BODY + b"more")
+    assert download(body_at(server.url, size=len(BODY)), tmp_path).read_bytes() == BODY
+    (tmp_path / "body.bin").rename(tmp_path / "body.bin.part")
+    with open(tmp_path / "body.bin.part", "ab") as f:
+        f.write(b"more")
+    assert download(body_at(server.url), tmp_path).read_bytes() == BODY      # no size known: the server answers 416
+
+
+@pytest.mark.parametrize("name", ["body.bin", "body.bin.part"])
+def test_a_wrong_checksum_deletes_the_file_and_says_so(serve, tmp_path, name):
+    (tmp_path / name).write_bytes(b"y" * len(BODY))
+    with pytest.raises(DataError, match=r"not what was published.*It was deleted: run the same command"):
+        download(body_at(serve().url, size=len(BODY)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_size_at_the_server_is_refused_before_anything_is_written(serve, tmp_path):
+    with pytest.raises(DataError, match="it has 1,024,000 bytes there and not 5"):
+        download(body_at(serve().url, size=5), tmp_path / "new")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_second_url_serves_where_the_first_is_dead(serve, tmp_path):
+    assert download(body_at(closed_port(), serve().url), tmp_path).read_bytes() == BODY
+
+
+def test_offline_is_one_line_and_nothing_changes_on_disk(tmp_path):
+    with pytest.raises(DataError, match=r"Could not download body.bin.*refused.*put it at") as error:
+        download(body_at(closed_port()), tmp_path / "data" / "set")
+    assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_put_there_by_hand_is_used(tmp_path):
+    (tmp_path / "body.bin").write_bytes(BODY)
+    assert download(body_at(closed_port()), tmp_path).read_bytes() == BODY
+
+
+def test_a_git_digest_is_gits_name_of_the_blob(tmp_path):
+    (tmp_path / "hello").write_bytes(b"hello\n")         # git hash-object: ce013625030ba8dba906f756967f9e9ca394464a
+    assert download(File(("http://x/hello",), "git:ce013625030ba8dba906f756967f9e9ca394464a"), tmp_path).exists()
+
+
+def closed_port() -> str:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{s.getsockname()[1]}/body.bin"
+
+
+def zipped(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as z:
+        for name, content in members.items():
+            z.writestr(name, content)
+    return out.getvalue()
+
+
+def tarred(members: dict[str, bytes]) -> bytes:
+    out = io.BytesIO()
+    with tarfile.open(fileobj=out, mode="w:gz") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    return out.getvalue()
+
+
+def fetched(serve, monkeypatch, folder: Path, name: str, archive: bytes) -> dict[str, bytes]:
+    """What `fetch` leaves in the folder, with the data set's archive replaced by this one."""
+    server = serve(body=archive)
+    file = body_at(server.url, body=archive, unpack=SOURCES[name][0].unpack, gives=SOURCES[name][0].gives)
+    monkeypatch.setitem(SOURCES, name, (file,))
+    fetch(name, folder)
+    asked = len(server.asked)
+    fetch(name, folder)                                  # all there: nothing to do
+    assert len(server.asked) == asked
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def test_wikitext_and_penn_are_unpacked_into_three_texts(serve, monkeypatch, tmp_path):
+    texts = {"train.txt": b"a\n", "valid.txt": b"b\n", "test.txt": b"c\n"}
+    wikitext = zipped({"wikitext-2/": b""} | {f"wikitext-2/wiki.{x[:-4]}.tokens": text for x, text in texts.items()})
+    assert fetched(serve, monkeypatch, tmp_path / "wt2", "wt2", wikitext) == texts
+    penn = tarred({"./simple-examples/data/ptb.char.train.txt": b"x"}
+                  | {f"./simple-examples/data/ptb.{x}": text for x, text in texts.items()})
+    assert fetched(serve, monkeypatch, tmp_path / "ptb", "ptb", penn) == texts
+
+
+def test_a_hundred_million_bytes_are_cut_at_ninety_and_ninety_five(serve, monkeypatch, tmp_path):
+    raw = b"".join(bytes([i]) * 1_000_000 for i in range(100))
+    texts = fetched(serve, monkeypatch, tmp_path, "enwik8", zipped({"enwik8": raw}))
+    assert texts == {"train.txt": raw[:90_000_000], "valid.txt": raw[90_000_000:95_000_000],
+                     "test.txt": raw[95_000_000:]}
+
+
+def test_other_than_a_hundred_million_bytes_are_refused(serve, monkeypatch, tmp_path):
+    with pytest.raises(DataError, match="exactly 100,000,000 bytes"):
+        fetched(serve, monkeypatch, tmp_path, "text8", zipped({"text8": b"too short"}))
+    assert [p.name for p in tmp_path.iterdir()] == ["body.bin"]
+
+
+def test_the_billion_words_shards_are_joined_in_the_order_of_their_names(serve, monkeypatch, tmp_path):
+    top = "1-billion-word-language-modeling-benchmark-r13output"
+    shards = {f"{top}/training-monolingual.tokenized.shuffled/news.en-{i:05}-of-00100": b"%d\n" % i
+              for i in reversed(range(1, 100))}
+    held_out = {f"{top}/heldout-monolingual.tokenized.shuffled/news.en.heldout-{i:05}-of-00050": b"held %d\n" % i
+                for i in (1, 0)}
+    texts = fetched(serve, monkeypatch, tmp_path, "lm1b", tarred(shards | held_out))
+    assert texts == {"train.txt": b"".join(b"%d\n" % i for i in range(1, 100)),
+                     "valid.txt": b"held 0\n", "test.txt": b"held 0\n"}
+
+
+@pytest.mark.parametrize("pack", [zipped, tarred])
+@pytest.mark.parametrize("name", ["../evil.txt", "a/../../evil.txt", "/evil.txt"])
+def test_an_archive_that_points_outside_is_refused(serve, monkeypatch, tmp_path, pack, name):
+    with pytest.raises(DataError, match="points outside"):
+        fetched(serve, monkeypatch, tmp_path / "set", "wt2", pack({name: b"x", "w/wiki.train.tokens": b"a"}))
+    assert [p.name for p in tmp_path.rglob("*")] == ["set", "body.bin"]
+
+
+def test_every_source_names_a_digest_and_its_texts():
+    for file in (file for files in SOURCES.values() for file in files):
+        algorithm, digest = file.digest.split(":")
+        assert len(digest) == {"md5": 32, "sha256": 64, "git": 40}[algorithm]
+        assert file.unpack is not None or file.gives == (file.name,)
+
+
+def test_the_standard_librarys_text_is_the_same_every_time(tmp_path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    write_stdlib(first)
+    write_stdlib(second)
+    assert sorted(p.name for p in first.iterdir()) == ["test.txt", "train.txt", "valid.txt"]
+    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in datasets.TEXTS)
+
+
+def test_the_standard_library_is_split_by_whole_files(tmp_path):
+    write_stdlib(tmp_path)
+    root, names, sizes = Path(sysconfig.get_path("stdlib")), {}, {}
+    for name in datasets.TEXTS:
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        names[name], sizes[name] = re.findall(r"^# Lib/(\S+)\n", text, re.M), len(text)
+        for file in names[name]:
+            source = (root / file).read_text(encoding="utf-8").rstrip()
+            assert f"# Lib/{file}\n{source}\n" in text
+    every = [file for files in names.values() for file in files]
+    assert len(every) == len(set(every)) > 400
+    assert "json/decoder.py" in every
+    assert not [file for file in every if re.search(r"(^|/)(tests?|idlelib|site-packages)/", file)]
+    assert .03 < sizes["valid.txt"] / sum(sizes.values()) < .1
+    assert .03 < sizes["test.txt"] / sum(sizes.values()) < .1
+
+
+def test_a_files_split_depends_on_its_name_alone(tmp_path):
+    for i in range(400):
+        (tmp_path / f"m{i}.py").write_text("pass")
+    before = stdlib_files(tmp_path)
+    (tmp_path / "m7.py").unlink()
+    (tmp_path / "m8.py").write_text("changed")
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "m.py").write_text("pass")
+    after = stdlib_files(tmp_path)
+    assert after == {split: [p for p in paths if p.name != "m7.py"] for split, paths in before.items()}
+    assert all(len(paths) > 8 for paths in after.values())
+
+
+def test_a_python_without_sources_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "empty"))
+    with pytest.raises(DataError, match="no source code"):
+        write_stdlib(tmp_path / "stdlib")
+    assert list((tmp_path / "stdlib").iterdir()) == []
+
+
+def test_progress_away_from_a_terminal_is_a_few_lines(serve, tmp_path, capsys):
+    download(body_at(serve().url), tmp_path)
+    lines = capsys.readouterr().err.splitlines()
+    assert 1 <= len(lines) <= 4
+    assert re.fullmatch(r"body.bin  100%  1.0/1.0 MB  [\d.]+ MB/s  ETA 0:00", lines[-1])
+
+
+def test_progress_on_a_terminal_is_one_line_that_moves(serve, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    download(body_at(serve().url), tmp_path)
+    assert capsys.readouterr().err.count("\n") == 1

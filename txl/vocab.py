@@ -1,0 +1,298 @@
+"""Vocabularies: words, bytes, byte pairs. Text becomes token ids and ids become text; no torch.
+
+Files are read in pieces, so that memory stays bounded whatever their size.
+"""
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, fields
+from functools import cached_property, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from txl.datasets import DataError
+
+ENDOFTEXT = "<|endoftext|>"
+
+
+@dataclass(frozen=True)
+class Vocab:
+    """What the three kinds share. `content` reads what a vocabulary is made of, when that is first needed.
+
+    Two vocabularies of equal `hash` give a token the same id.
+    """
+    kind: ClassVar[str]
+    size: int
+    start: int                                    # id of what precedes a text's first token
+    hash: str
+    content: Callable[[], str] = field(repr=False, compare=False)
+
+    def encode(self, text: str) -> list[int]:
+        raise NotImplementedError
+
+    def decode(self, ids: Iterable[int]) -> str:
+        raise NotImplementedError
+
+    def encode_file(self, path: Path) -> Iterator[np.ndarray]:
+        """The ids of a file, int32, piece by piece. Raises DataError."""
+        raise NotImplementedError
+
+    def save(self, folder: Path) -> None:
+        """Writes vocab.json, from which `load` knows all but the content, and the content, vocab.txt."""
+        (folder / "vocab.txt").write_text(self.content(), encoding="utf-8", newline="\n")
+        header = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "content"}
+        (folder / "vocab.json").write_text(json.dumps(header | {"kind": self.kind}))
+
+
+def load(folder: Path) -> Vocab:
+    """The vocabulary that `save` wrote. Its content is read when first needed, not here."""
+    header = json.loads((folder / "vocab.json").read_text())
+    kind = {k.kind: k for k in (WordVocab, ByteVocab, BpeVocab)}[header.pop("kind")]
+    return kind(**header, content=partial((folder / "vocab.txt").read_text, encoding="utf-8"))
+
+
+@dataclass(frozen=True)
+class WordVocab(Vocab):
+    """Words are what stands between whitespace; a line ends in `<eos>`, an empty one too, and the last in any case.
+
+    With `double` there is no <eos>: each line stands between two <S> (the One Billion Word Benchmark).
+    """
+    kind: ClassVar[str] = "word"
+    double: bool = False
+    lower_case: bool = False
+    unk: int | None = None                        # id of what stands for words outside, where there is one
+
+    @classmethod
+    def count(cls, paths: Iterable[Path], *, double: bool = False, lower_case: bool = False, min_freq: int = 0,
+              max_size: int | None = None) -> WordVocab:
+        """`<eos>` is 0; words follow by falling frequency in the files, ties in the order in which they first occur.
+
+        With min_freq or max_size, <unk> stands for the words left out; where no such word was kept, it is 1.
+        """
+        counter: Counter[str] = Counter()
+        for path in paths:
+            for piece in pieces(path, lines=True):
+                counter.update((piece.lower() if lower_case else piece).split())
+        end = "<S>" if double else "<eos>"
+        del counter[end]
+        words = [word for word, count in counter.most_common(max_size) if count >= min_freq]
+        lacks_unk = (min_freq > 1 or max_size is not None) and "<unk>" not in words
+        return cls._of([end, *(["<unk>"] if lacks_unk else []), *words], double, lower_case)
+
+    @classmethod
+    def closed(cls, path: Path, *, double: bool = False, lower_case: bool = False) -> WordVocab:
+        """A vocabulary given as a file: the first word of each line, ids in their order."""
+        text = "".join(pieces(path, lines=True))
+        words = list(dict.fromkeys(line.split()[0] for line in text.split("\n") if line.strip()))
+        return cls._of(words, double, lower_case, f" {path}")
+
+    @classmethod
+    def _of(cls, words: list[str], double: bool, lower_case: bool, where: str = "") -> WordVocab:
+        end = "<S>" if double else "<eos>"
+        unk = next((words.index(unk) for unk in ("<unk>", "<UNK>") if unk in words), None)
+        if end not in words:
+            raise DataError(f"The vocabulary{where} lacks {end}, which every line ends in. Add it as a line of its own")
+        text = "\n".join(words)
+        return cls(len(words), words.index(end), _sha256("word", text), lambda: text, double, lower_case, unk)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the words, with the token of a line's end where a newline is; none is added at the end."""
+        return self._ids(text, "the text").tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The words between spaces, with a newline where a line ends."""
+        words = ("\n" if i == self.start else self._words[i] for i in ids)
+        return re.sub(" ?\n ?", "\n", " ".join(words))
+
+    def encode_file(self, path: Path) -> Iterator[np.ndarray]:
+        edge = np.array([self.start], np.int32)
+        if self.double:
+            yield edge
+        for piece in pieces(path, lines=True):
+            yield self._ids(piece, path)
+        yield edge
+
+    def _ids(self, text: str, where: Path | str) -> np.ndarray:
+        between = " <S> <S> " if self.double else " <eos> "
+        words = (text.lower() if self.lower_case else text).replace("\n", between).split()
+        try:
+            return np.fromiter(map(self._table.__getitem__, words), np.int32, len(words))
+        except KeyError as error:
+            raise DataError(
+                f"The word {error.args[0]!r} of {_place(error.args[0], where, self.lower_case)} is not in the "
+                f"vocabulary, which has no <unk> to stand for it. Let rare words become <unk>: "
+                f"--set recipe.data.min_freq=2") from None
+
+    @cached_property
+    def _words(self) -> list[str]:
+        return self.content().split("\n")
+
+    @cached_property
+    def _table(self) -> dict[str, int]:
+        return (dict if self.unk is None else partial(_WithUnk, self.unk))(zip(self._words, range(self.size)))
+
+
+class _WithUnk(dict):
+    """A dictionary that answers `unk` for what it does not hold, and does not grow by it."""
+
+    def __init__(self, unk: int, items: Iterable[tuple[str, int]]):
+        super().__init__(items)
+        self.unk = unk
+
+    def __missing__(self, word: str) -> int:
+        return self.unk
+
+
+@dataclass(frozen=True)
+class ByteVocab(Vocab):
+    """A token is a byte, its id the byte's value; newlines are bytes like any other, and `start` is one.
+
+    Transformer-XL's ancestors lose enwik8's newlines (they read lines and join them without <eos>), so their bits per
+    character are those of the remaining symbols. Ours are of exactly the bytes in the file.
+    """
+    kind: ClassVar[str] = "byte"
+
+    @classmethod
+    def make(cls) -> ByteVocab:
+        return cls(256, ord("\n"), _sha256("byte", ""), str)
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text; a byte that is not UTF-8 where it stands becomes the replacement character."""
+        return bytes(ids).decode(errors="replace")
+
+    def encode_file(self, path: Path) -> Iterator[np.ndarray]:
+        with open(path, "rb") as f:
+            while block := f.read(1 << 20):
+                yield np.frombuffer(block, np.uint8).astype(np.int32)
+
+
+@dataclass(frozen=True)
+class BpeVocab(Vocab):
+    """Byte-level byte pairs, GPT-2's way: no prefix space, no line tokens, and any text comes back as it was.
+
+    A file is one continuous text. It is encoded in pieces cut where GPT-2's pattern splits anyway (before whitespace
+    that follows something visible), so the tokens are those of the whole. They do not depend on the number of
+    threads either: pieces come back in their order, and training sums counts.
+    """
+    kind: ClassVar[str] = "bpe"
+
+    @classmethod
+    def train(cls, path: Path, n_token: int) -> BpeVocab:
+        """A vocabulary of exactly n_token entries, <|endoftext|> the first of them. Raises DataError if unreachable."""
+        from tokenizers import models, pre_tokenizers, trainers
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        if n_token <= len(alphabet):
+            raise DataError(f"A bpe vocabulary holds 256 bytes and {ENDOFTEXT}, so data.n_token must be at least 257, "
+                            f"not {n_token}")
+        tokenizer = _byte_level(models.BPE())
+        tokenizer.train_from_iterator(pieces(path), trainers.BpeTrainer(
+            vocab_size=n_token, special_tokens=[ENDOFTEXT], initial_alphabet=alphabet, show_progress=False))
+        if (size := tokenizer.get_vocab_size()) != n_token:
+            raise DataError(f"{path} is too short for {n_token} byte pairs: after {size} nothing is left to merge. "
+                            f"Use more text, or --set recipe.data.n_token={size}")
+        return cls._of(tokenizer)
+
+    @classmethod
+    def from_files(cls, folder: Path) -> BpeVocab:
+        """GPT-2's encoder.json and vocab.bpe."""
+        from tokenizers import models
+        try:
+            tokenizer = _byte_level(models.BPE.from_file(str(folder / "encoder.json"), str(folder / "vocab.bpe")))
+        except Exception as error:                # the library raises Exception itself
+            raise DataError(f"{folder} does not hold a usable encoder.json and vocab.bpe ({error}). Get them with: "
+                            f"python -m txl.data --dataset=gpt2 --dir={folder}") from error
+        tokenizer.add_special_tokens([ENDOFTEXT])
+        return cls._of(tokenizer)
+
+    @classmethod
+    def _of(cls, tokenizer: Any) -> BpeVocab:
+        text = tokenizer.to_str()
+        return cls(tokenizer.get_vocab_size(), tokenizer.token_to_id(ENDOFTEXT), _sha256("bpe", text), lambda: text)
+
+    def encode(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=False)
+
+    def encode_file(self, path: Path) -> Iterator[np.ndarray]:
+        rest = pieces(path)
+        while batch := list(islice(rest, 64)):    # tokens of short pieces stay small, and threads share a batch
+            for encoded in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
+                yield np.array(encoded.ids, np.int32)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        from tokenizers import Tokenizer
+        return Tokenizer.from_str(self.content())
+
+
+def pieces(path: Path, *, lines: bool = False) -> Iterator[str]:
+    """A text in pieces of bounded length, each but the first beginning with a space or newline after a visible one.
+
+    With `lines`, \\r\\n and \\r are newlines and the last newline is left out, as if the file were read line by line.
+    Raises DataError where the file is not UTF-8.
+    """
+    rest = ""
+    try:
+        with open(path, encoding="utf-8", newline=None if lines else "") as f:
+            while block := f.read(1 << 20 if lines else 1 << 16):
+                rest += block
+                if cut := _CUT.match(rest):
+                    yield cut[0]
+                    rest = rest[cut.end():]
+    except UnicodeDecodeError as error:
+        raise DataError(_not_utf8(path)) from error
+    if lines:
+        rest = rest.removesuffix("\n")
+    if rest:
+        yield rest
+
+
+_CUT = re.compile(r".*\S(?=[ \n])", re.DOTALL)
+
+
+def _byte_level(model: Any) -> Any:
+    from tokenizers import Tokenizer, decoders, pre_tokenizers
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _sha256(kind: str, text: str) -> str:
+    return hashlib.sha256(f"{kind}\n{text}".encode()).hexdigest()
+
+
+def _place(word: str, where: Path | str, lower_case: bool) -> str:
+    """File and line of a word's first occurrence."""
+    if isinstance(where, str):
+        return where
+    with open(where, encoding="utf-8") as f:
+        for number, line in enumerate(f, 1):
+            if word in (line.lower() if lower_case else line).split():
+                return f"{where}, line {number},"
+    return str(where)
+
+
+def _not_utf8(path: Path) -> str:
+    start = 0
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return (f"{path} is not UTF-8 at byte {start + error.start} (line {number}). Convert it with iconv, or "
+                        f"take its bytes as they are: --set recipe.data.vocab=byte")
+            start += len(line)
+    return f"{path} changed while it was read. Run the same command again"
