@@ -1,0 +1,295 @@
+"""Texts as tokens: found or written, encoded once, memory-mapped ever after.
+
+    python -m txl.data --dataset=stdlib              # the standard library's source code: nothing to download
+    python -m txl.data --dataset=wt103               # downloads 190 MB to data/wikitext-103
+    python -m txl.data --dataset=wt103 --dir=/mnt/wt103 --vocab=bpe --n_token=16384
+    python -m txl.data --dataset=gpt2                # GPT-2's byte pairs: --set recipe.data.bpe_files=data/gpt2
+
+Tokens lie in DIR/tokens/KEY, where KEY names the texts' content, the options that matter and VERSION, so what is
+found there is never stale. A text whose size, times and inode are as they were is taken to be as it was.
+"""
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from engine.cli import flag, parse
+from txl.config import Data, Dataset
+from txl.datasets import FOLDERS, SOURCES, SPLITS, DataError, fetch, write_stdlib
+from txl.vocab import BpeVocab, ByteVocab, Vocab, WordVocab
+from txl.vocab import load as load_vocab
+
+__all__ = ["Corpus", "DataError", "Flags", "load", "main", "prepare"]
+
+VERSION = 1                                       # raised when the same text and options come to give other tokens
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Prepared tokens: one read-only memory map a split, of uint16 where the vocabulary allows, else of int32."""
+    dir: Path
+    vocab: Vocab
+    splits: dict[str, np.ndarray]
+    n_bytes: dict[str, int]                       # of each split's text
+
+    @property
+    def n_token(self) -> int:
+        return self.vocab.size
+
+
+def load(data: Data | Path) -> Corpus:
+    """The tokens of a data set, prepared first where that is due, or those in a folder that `prepare` returned."""
+    folder = data if isinstance(data, Path) else prepare(data)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    return Corpus(folder, load_vocab(folder),
+                  {split: np.memmap(folder / f"{split}.bin", manifest["dtype"], "r") for split in SPLITS},
+                  {split: manifest["inputs"][split]["size"] for split in SPLITS})
+
+
+def prepare(data: Data) -> Path:
+    """The folder of the prepared tokens, made first where there is none. Raises DataError, leaving nothing half-made.
+
+    Processes that come at once wait for the first and find its work. Where a text is gone, its tokens are still
+    served, with a warning: a machine may have been given only them.
+    """
+    folder = Path(data.dir)
+    with _explained(folder):
+        found = _prepared(data)
+        if found is None:
+            if data.dataset != "stdlib" and _missing(data):
+                raise DataError(_missing(data))
+            with _locked(folder / "tokens"):
+                if data.dataset == "stdlib" and _missing(data):
+                    write_stdlib(folder)
+                found = _prepared(data) or _build(data, folder / "tokens")
+        elif _missing(data):
+            log.warning("The tokens prepared earlier will do, but %s", _missing(data))
+        _check_size(data, json.loads((found / "manifest.json").read_text())["vocab_size"])
+        return found
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(Flags, argv, prog="-m txl.data", about=__doc__)
+    folder = Path(flags.dir or FOLDERS.get(flags.dataset, "data/text"))
+    try:
+        if flags.dataset == "gpt2":
+            fetch("gpt2", folder)
+            print(f"GPT-2's byte pairs are in {folder}. Use them with --set recipe.data.bpe_files={folder}")
+        else:
+            data = _usual(flags, folder)
+            if data.dataset in SOURCES and _missing(data):
+                fetch(data.dataset, folder)
+            print(_table(load(data)))
+    except DataError as error:
+        print(error, file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nInterrupted. The same command goes on from here.", file=sys.stderr)
+        return 130
+    return 0
+
+
+@dataclass(frozen=True)
+class Flags:
+    dataset: Literal[Dataset, "gpt2"] = flag("which text; gpt2: GPT-2's byte pairs")
+    dir: str | None = flag("its folder, rather than the usual one under data/", default=None)
+    vocab: Literal["word", "byte", "bpe"] | None = flag("rather than the usual one", default=None)
+    n_token: int | None = flag("vocabulary size: made for bpe, 4096 unless given; checked for others", default=None)
+
+
+def _usual(flags: Flags, folder: Path) -> Data:
+    vocab = flags.vocab or {"enwik8": "byte", "text8": "byte", "stdlib": "bpe"}.get(flags.dataset, "word")
+    return Data(flags.dataset, str(folder), vocab, flags.n_token or (4096 if vocab == "bpe" else None))
+
+
+def _table(corpus: Corpus) -> str:
+    rows = [(split, f"{corpus.n_bytes[split]:,}", f"{len(ids):,}") for split, ids in corpus.splits.items()]
+    lines = [f"{split:<6}{size:>15}{tokens:>15}" for split, size, tokens in [("split", "bytes", "tokens"), *rows]]
+    return "\n".join([*lines, f"{corpus.n_token:,} tokens in the {corpus.vocab.kind} vocabulary; all in {corpus.dir}"])
+
+
+def _texts(data: Data) -> dict[str, Path]:
+    """The splits' texts, those that exist, under the names they have here or had in WikiText."""
+    folder = Path(data.dir)
+    there = {entry.name for entry in os.scandir(folder)} if folder.exists() else set()
+    return {split: folder / name for split in SPLITS
+            for name in (f"wiki.{split}.tokens", f"{split}.txt") if name in there}
+
+
+def _missing(data: Data) -> str:
+    """What to tell the user of the texts that are not there; empty if all are."""
+    lacking = [f"{split}.txt" for split in SPLITS if split not in _texts(data)]
+    if not lacking:
+        return ""
+    where = "" if data.dir == FOLDERS.get(data.dataset) else f" --dir={data.dir}"
+    remedy = (f"Get them with: python -m txl.data --dataset={data.dataset}{where}" if data.dataset in FOLDERS else
+              "Put them there, or name their folder with --set recipe.data.dir=FOLDER")
+    return f"{data.dir} lacks {', '.join(lacking)} (or, by their old names, wiki.SPLIT.tokens). {remedy}"
+
+
+def _inputs(data: Data) -> dict[str, Path]:
+    """Every file that the tokens depend on and that exists."""
+    inputs = _texts(data)
+    closed = Path(data.dir) / "1b_word_vocab.txt"
+    if data.vocab == "word" and data.dataset == "lm1b" and closed.exists():
+        inputs["closed"] = closed
+    if data.vocab == "bpe" and data.bpe_files is not None:
+        inputs |= {name: Path(data.bpe_files) / name for name in ("encoder.json", "vocab.bpe")}
+        if not all(path.exists() for path in inputs.values()):
+            raise DataError(f"{data.bpe_files} lacks encoder.json or vocab.bpe. Get GPT-2's with: "
+                            f"python -m txl.data --dataset=gpt2 --dir={data.bpe_files}")
+    return inputs
+
+
+def _options(data: Data) -> dict[str, Any]:
+    """What, besides the inputs, the tokens depend on."""
+    if data.vocab == "byte":
+        return {"vocab": "byte"}
+    if data.vocab == "bpe":
+        return {"vocab": "bpe", "n_token": None if data.bpe_files is not None else data.n_token}
+    return {"vocab": "word", "double": data.dataset == "lm1b", "lower_case": data.lower_case or data.dataset == "ptb",
+            "min_freq": data.min_freq, "max_size": data.max_size,
+            "counted": list(SPLITS if data.dataset in ("ptb", "wt2", "enwik8", "text8") else SPLITS[:1])}
+
+
+def _prepared(data: Data) -> Path | None:
+    """The newest folder of tokens whose options are these and whose inputs, those that exist, have not been touched."""
+    now = {name: _stat(path) for name, path in _inputs(data).items()}
+    folders = [path.parent for path in (Path(data.dir) / "tokens").glob("[!.]*/manifest.json")]
+    for folder in sorted(folders, key=lambda f: (f / "manifest.json").stat().st_mtime_ns, reverse=True):
+        manifest = _manifest(folder)
+        if manifest is not None and (manifest["version"], manifest["options"]) == (VERSION, _options(data)):
+            then = {name: x["stat"] for name, x in manifest["inputs"].items() if name in now or name not in SPLITS}
+            if then == now:
+                return folder
+    return None
+
+
+def _manifest(folder: Path) -> dict[str, Any] | None:
+    """What a folder of tokens says of itself; None if a file of it is missing or not as long as it was."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        return manifest if whole else None
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+
+
+def _build(data: Data, tokens: Path) -> Path:
+    """Makes the folder of tokens, or notes the new times of texts whose content it has already. Holds the lock."""
+    inputs = _inputs(data)
+    stats = {name: _stat(path) for name, path in inputs.items()}
+    for name, path in inputs.items():
+        if not stats[name][0]:
+            raise DataError(f"{path} is empty. Put the text there, or delete the file and get it anew")
+    hashes = {name: _sha256(path) for name, path in inputs.items()}
+    key = hashlib.sha256(json.dumps([VERSION, _options(data), hashes], sort_keys=True).encode()).hexdigest()[:16]
+    final, temporary = tokens / key, tokens / ".building"
+    shutil.rmtree(temporary, ignore_errors=True)              # of a process that was killed: the lock is ours
+    try:
+        manifest = _manifest(final)
+        if manifest is None:
+            temporary.mkdir()
+            manifest = {"version": VERSION, "options": _options(data)} | _write_tokens(data, inputs, temporary)
+        if stats != {name: _stat(path) for name, path in inputs.items()}:
+            raise DataError(f"A text in {data.dir} changed while it was read. Run the same command again")
+        manifest["inputs"] = {name: {"path": str(path), "size": stats[name][0], "stat": stats[name],
+                                     "sha256": hashes[name]} for name, path in inputs.items()}
+        folder = temporary if temporary.exists() else final
+        (folder / ".manifest").write_text(json.dumps(manifest, indent=1))
+        (folder / ".manifest").replace(folder / "manifest.json")
+        if folder is temporary:
+            shutil.rmtree(final, ignore_errors=True)          # damaged, or it would have been found
+            temporary.rename(final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def _write_tokens(data: Data, inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
+    vocab = _make_vocab(data, inputs)
+    _check_size(data, vocab.size)
+    vocab.save(folder)
+    dtype = np.dtype(np.uint16 if vocab.size <= 1 << 16 else np.int32)
+    for split in SPLITS:
+        log.info("Encoding %s", inputs[split])
+        with open(folder / f"{split}.bin", "wb") as out:
+            for ids in vocab.encode_file(inputs[split]):
+                out.write(ids.astype(dtype).tobytes())
+            out.flush()
+            os.fsync(out.fileno())
+    files = {path.name: path.stat().st_size for path in folder.iterdir()}
+    return {"dtype": dtype.name, "vocab_size": vocab.size, "vocab_hash": vocab.hash, "files": files,
+            "tokens": {split: files[f"{split}.bin"] // dtype.itemsize for split in SPLITS}}
+
+
+def _make_vocab(data: Data, inputs: dict[str, Path]) -> Vocab:
+    options = _options(data)
+    if data.vocab == "byte":
+        return ByteVocab.make()
+    if data.vocab == "bpe":
+        return (BpeVocab.train(inputs["train"], options["n_token"]) if data.bpe_files is None else
+                BpeVocab.from_files(Path(data.bpe_files)))
+    rules = {name: options[name] for name in ("double", "lower_case")}
+    if "closed" in inputs:
+        return WordVocab.closed(inputs["closed"], **rules)
+    return WordVocab.count([inputs[split] for split in options["counted"]], **rules,
+                           min_freq=data.min_freq, max_size=data.max_size)
+
+
+def _check_size(data: Data, size: int) -> None:
+    if data.n_token not in (None, size):
+        raise DataError(f"The {data.vocab} vocabulary of {data.dir} has {size:,} tokens, but data.n_token expects "
+                        f"{data.n_token:,}. If this is the text you mean: --set recipe.data.n_token={size}")
+
+
+def _stat(path: Path) -> list[int]:
+    s = path.stat()
+    return [s.st_size, s.st_mtime_ns, s.st_ctime_ns, s.st_ino]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+@contextmanager
+def _locked(tokens: Path) -> Iterator[None]:
+    tokens.mkdir(parents=True, exist_ok=True)
+    with open(tokens / ".lock", "w") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)                         # released when the file closes, however the process ends
+        yield
+
+
+@contextmanager
+def _explained(folder: Path) -> Iterator[None]:
+    """Whatever the file system refuses, as a DataError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise DataError(f"The disk of {folder} is full; nothing half-written was left. Free some space (tokens "
+                            f"take up to 4 bytes a word) and run the same command again") from error
+        raise DataError(f"Cannot prepare {folder}: {error}. Make it readable and writable, or name another folder "
+                        f"with --set recipe.data.dir=FOLDER") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
