@@ -92,7 +92,8 @@ def find(path: Path) -> Checkpoint:
         return read(path)
     chosen = best(complete(path / "checkpoints"))
     if chosen is None:
-        raise CheckpointError(f"No checkpoint at {path}. Give a run's folder (runs/NAME) or one of its checkpoints/step-*")
+        raise CheckpointError(f"No checkpoint at {path}. Give a run's folder (runs/NAME) or one of its "
+                              f"checkpoints/step-*")
     return chosen
 
 
@@ -120,8 +121,8 @@ def _load(path: Path, device: torch.device | str) -> dict[str, Any]:
     try:
         return torch.load(path, map_location=device, weights_only=True)
     except Exception as error:                     # a damaged file fails in many ways, in zipfile, pickle or torch
-        raise CheckpointError(f"{path} cannot be read ({error}). Remove {path.parent} to use the checkpoint before it"
-                              ) from error
+        raise CheckpointError(f"{path} is damaged ({type(error).__name__}). Remove {path.parent} to use the checkpoint "
+                              f"before it") from error
 
 
 def _write(path: Path, state: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -157,7 +158,8 @@ class _Training:
         mfu = rate * self.task.flops_per_token / (peak * world.size) if peak else None
         self.metrics.write("train", progress.step, progress.tokens, epoch=progress.position.epoch, loss=loss,
                            ppl=ppl(loss), lr=self.lr, grad_norm=norm, tokens_per_s=rate, mfu=mfu,
-                           seconds=progress.seconds, loss_scale=self.scaler.get_scale() if self.precision.scaled else None)
+                           seconds=progress.seconds,
+                           loss_scale=self.scaler.get_scale() if self.precision.scaled else None)
         self.metrics.tags(
             progress.tokens, _loss=loss, learning__loss=loss, learning__ppl=ppl(loss), learning__lr=self.lr,
             learning__base_lr=self.peak_lr, learning__epoch=progress.position.epoch + progress.position.index
@@ -204,20 +206,22 @@ class _Training:
         progress, tag = self.progress, {"valid": "val"}.get(split, split)
         self.metrics.write(split, progress.step, progress.tokens, loss=score.loss, ppl=ppl(score.loss),
                            eval_tokens=score.tokens, seconds=score.seconds, protocol=score.protocol)
-        self.metrics.tags(progress.tokens, **{f"learning__{tag}_loss": score.loss, f"learning__{tag}_ppl": ppl(score.loss)})
+        self.metrics.tags(progress.tokens, **{f"learning__{tag}_loss": score.loss,
+                                              f"learning__{tag}_ppl": ppl(score.loss)})
         self.run.log.info(f"{split} at step {progress.step} | loss {score.loss:.4f} | ppl {ppl(score.loss):.3f} | "
                           f"{score.tokens} tokens in {score.seconds:.1f} s | {score.protocol}")
 
     def _save(self, valid_loss: float | None) -> None:
-        self.guard.check(self.world, self.names, self._good_checkpoint)          # a checkpoint is always of good weights
+        self.guard.check(self.world, self.names, self._good_checkpoint)         # never a checkpoint of bad weights
         with self.watch.paused():
             cuda = self.world.device.type == "cuda"
             shared = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                       "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
             own = {"carries": self.carries, "cpu_rng": torch.get_rng_state(), "window": self.window.state(),
                    "cuda_rng": torch.cuda.get_rng_state() if cuda else None}
-            checkpoint.save(self.world, self.run.checkpoints, self.progress.step, shared, own,
-                            {"tokens": self.progress.tokens, "valid_loss": valid_loss}, self.recipe.clock.keep_checkpoints)
+            meta = {"tokens": self.progress.tokens, "valid_loss": valid_loss}
+            checkpoint.save(self.world, self.run.checkpoints, self.progress.step, shared, own, meta,
+                            self.recipe.clock.keep_checkpoints)
 
     def _resume(self) -> None:
         """From the newest complete checkpoint. With another number of ranks the memories and generators start anew."""
@@ -260,7 +264,8 @@ class _Training:
         score = self._evaluate("test")
         self._report("test", score)
         self.run.stop_honoured()
-        self.run.status("finished", progress.step, f"test ppl {ppl(score.loss):.3f} with the weights of step {best.step}")
+        self.run.status("finished", progress.step,
+                        f"test ppl {ppl(score.loss):.3f} with the weights of step {best.step}")
         self.metrics.close()
         return Outcome(True, progress.step, progress.tokens, score)
 
@@ -328,7 +333,7 @@ class Guard:
         self.loss = torch.where(first, loss, self.loss)
         self.norms = torch.where(first, norms, self.norms)
 
-    def check(self, world: World, names: tuple[str, ...], good_checkpoint: Any) -> None:
+    def check(self, world: World, names: tuple[str, ...], good_checkpoint: Callable[[], str]) -> None:
         """Collective. Raises Diverged on every rank if any rank saw such a step."""
         step = int(self.step)
         bad, = world.sum(float(step >= 0))
@@ -338,9 +343,9 @@ class Guard:
             raise Diverged(f"Another rank's loss is not finite, see its log. {good_checkpoint()}")
         wrong = [name for name, norm in zip(names, self.norms.tolist()) if norm != norm or norm == float("inf")]
         tensors = f"the gradient of {wrong[0]} (and of {len(wrong) - 1} more tensors)" if wrong else "no gradient"
-        raise Diverged(f"At step {step} the loss of rank {world.rank} was {self.loss.item():.4g}, and {tensors} was not "
-                       f"finite. {good_checkpoint()} Lower the learning rate (--set recipe.optim.lr=…), warm up longer, or "
-                       f"use another precision, and run the same command again.")
+        raise Diverged(f"At step {step} the loss of rank {world.rank} was {self.loss.item():.4g}, and {tensors} was "
+                       f"not finite. {good_checkpoint()} Lower the learning rate (--set recipe.optim.lr=…), warm up "
+                       f"longer, or use another precision, and run the same command again.")
 
 
 def load_weights(model: nn.Module, source: checkpoint.Checkpoint) -> None:

@@ -64,8 +64,8 @@ class Metrics:
         if path.exists():
             lines = [line for line in path.read_text().splitlines() if _stands(line, step)]
             path.write_text("".join(f"{line}\n" for line in lines))
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - open as long as the run
-        from torch.utils.tensorboard import SummaryWriter       # 1 s to import, by one rank of all
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - as long as the run
+        from torch.utils.tensorboard import SummaryWriter  # 1 s to import, by one rank of all
         self._tags = SummaryWriter(str(folder / "tensorboard"), purge_step=tokens + 1 if step else None)
 
     def write(self, kind: str, step: int, tokens: int, **numbers: float | str | None) -> None:

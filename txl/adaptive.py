@@ -5,6 +5,8 @@ the plain ones. B batch, T positions, R = B*T rows, D d_model, V vocabulary.
 """
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -23,11 +25,11 @@ def cluster_rows(targets_BT: Tensor, cutoffs: tuple[int, ...]) -> tuple[Tensor, 
     """
     flat_R = targets_BT.flatten()
     edges = (*cutoffs, torch.iinfo(flat_R.dtype).max)
-    return tuple(((flat_R >= low) & (flat_R < high)).nonzero().squeeze(1) for low, high in zip(edges, edges[1:]))
+    return tuple(((flat_R >= low) & (flat_R < high)).nonzero().squeeze(1) for low, high in pairwise(edges))
 
 
 class AdaptiveVocabulary(nn.Module):
-    """The vocabulary's end of the model: `embed` tokens, and the negative log-likelihood or log-probabilities of targets.
+    """The vocabulary's end of the model: `embed` tokens, and `nll` or `log_prob` of what they might be.
 
     With div_val 1 there is one table for all words (its LAMB trust ratio is then that of the ancestors), with
     div_val > 1 one per cluster. The head scores its own words and one entry a tail cluster, in natural order (the
@@ -37,7 +39,7 @@ class AdaptiveVocabulary(nn.Module):
     def __init__(self, model: Model, n_token: int):
         super().__init__()
         self.edges = (0, *model.cutoffs, n_token)
-        self.clusters = list(zip(self.edges, self.edges[1:]))
+        self.clusters = list(pairwise(self.edges))
         if self.edges[-1] <= self.edges[-2]:
             raise BadValue(f"the last cutoff {model.cutoffs[-1]} must be below the vocabulary's {n_token} tokens")
         self.cutoffs, self.d_model = model.cutoffs, model.d_model
@@ -113,5 +115,5 @@ class AdaptiveVocabulary(nn.Module):
     def _project(self, i: int, hidden_RD: Tensor) -> Tensor:
         if not len(self.in_projs):
             return hidden_RD
-        tied = self.in_projs[0 if self.shared_table else i]
-        return F.linear(hidden_RD, (self.out_projs[str(i)] if str(i) in self.out_projs else tied).T)
+        own = str(i) in self.out_projs
+        return F.linear(hidden_RD, (self.out_projs[str(i)] if own else self.in_projs[0 if self.shared_table else i]).T)

@@ -4,7 +4,7 @@ B batch, Q query positions, M memory positions, K = M + Q key positions, N heads
 """
 from __future__ import annotations
 
-import contextlib
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -125,8 +125,7 @@ class RelativeAttention(nn.Module):
         q_u_BNQH = q_BNQH + u_NH.unsqueeze(1).to(q_BNQH.dtype)
         bias_BNQK = rel_shift(q_v_BNQH @ r_NHP) * self.d_head ** -0.5
         bias_BNQK = bias_BNQK.masked_fill(~visible_QK, float("-inf"))
-        # cuDNN's backward with a mask gives NaN at lengths of 64 modulo 128 on Hopper (pytorch #196678)
-        with sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if q_BNQH.is_cuda else contextlib.nullcontext():
+        with _kernels(q_BNQH.device):
             a_BNQH = F.scaled_dot_product_attention(
                 q_u_BNQH, k_BKNH.transpose(1, 2), v_BKNH.transpose(1, 2), attn_mask=bias_BNQK,
                 dropout_p=self.dropatt if self.training else 0.0)
@@ -144,6 +143,11 @@ def rel_shift(scores_BNQP: Tensor) -> Tensor:
     B, N, Q, P = scores_BNQP.shape
     K = P - 1
     return scores_BNQP.reshape(B, N, Q * P)[:, :, Q - 1:Q - 1 + Q * K].unflatten(2, (Q, K))
+
+
+def _kernels(device: torch.device) -> AbstractContextManager:
+    """Not cuDNN's: its backward with a mask gives NaN at lengths of 64 modulo 128 on Hopper (pytorch #196678)."""
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
 
 
 def position_embedding(K: int, clamp_len: int | None, like: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def test_several_ranks_equal_one_rank_with_the_whole_batch(tmp_path, ranks):
     train_here(tmp_path / "one", recipe)
     run_ranks(ranks, train_here, tmp_path / "many", recipe)
     for name, weight in final_weights(tmp_path / "one").items():
-        assert_close(final_weights(tmp_path / "many")[name], weight, rtol=1e-3, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        assert_close(final_weights(tmp_path / "many")[name], weight, rtol=1e-3, atol=1e-5)
     for one, many in zip(losses(tmp_path / "one"), losses(tmp_path / "many")):
         assert one[:3] == many[:3]
         assert one[3] == pytest.approx(many[3], rel=1e-4)
@@ -142,7 +142,8 @@ def test_a_run_of_two_ranks_goes_on_with_one(tmp_path):
 
 
 def test_it_stops_when_it_says_and_tests_once_with_the_best_weights(tmp_path):
-    recipe = replace(RECIPE, stop=Stop(max_tokens=1000), clock=Clock(log_interval=4, eval_interval=5, checkpoint_interval=3))
+    clock = Clock(log_interval=4, eval_interval=5, checkpoint_interval=3)
+    recipe = replace(RECIPE, stop=Stop(max_tokens=1000), clock=clock)
     outcome = train_here(tmp_path, recipe)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     valid = {r["step"]: r["loss"] for r in records if r["kind"] == "valid"}
@@ -184,7 +185,8 @@ def test_a_text_that_repeats_beyond_the_segment_is_predicted_with_memory_and_not
 
     def test_loss(mem_len):
         context = Context(tgt_len=8, mem_len=mem_len)
-        return train_here(tmp_path / f"mem-{mem_len}", replace(recipe, context=context, eval_context=context), data).test.loss
+        run = tmp_path / f"mem-{mem_len}"
+        return train_here(run, replace(recipe, context=context, eval_context=context), data).test.loss
 
     repeats = 0.9 + 0.1 / 20
     best_possible = -repeats * math.log(repeats) - (1 - repeats) * math.log(0.1 / 20)
@@ -204,7 +206,7 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_tensor(tmp
 def test_a_loss_that_runs_away_stops_the_run(tmp_path):
     recipe = replace(RECIPE, optim=Optim("sgd", lr=3.0, clip=None), schedule=Schedule("constant"),
                      divergence_nats=0.05, stop=Stop(max_steps=400), clock=Clock(log_interval=2, eval_interval=400))
-    with pytest.raises(Diverged, match="rose to .* at step"):
+    with pytest.raises(Diverged, match=r"rose to .* at step"):
         train_here(tmp_path, recipe)
 
 

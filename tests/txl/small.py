@@ -42,7 +42,7 @@ class StopAt(Run):
         self.asked, self.steps = -1, steps
 
     def stop_requested(self) -> bool:
-        self.asked += 1                                           # asked once before the first step and after every step
+        self.asked += 1                                           # asked before the first step and after every one
         return self.steps is not None and self.world.rank == self.world.size - 1 and self.asked >= self.steps
 
 

@@ -1,6 +1,8 @@
 """Ordered batches: every target once, each after what precedes it, whatever the ranks and streams."""
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ START = 99
 
 
 def text(length: int) -> np.ndarray:
-    return np.arange(length, dtype=np.uint16) + 100                # token i is 100 + i, so a token tells where it is from
+    return np.arange(length, dtype=np.uint16) + 100               # token i is 100 + i: it tells where it is from
 
 
 @pytest.mark.parametrize("length", [1, 7, 24, 25, 101])
@@ -57,7 +59,7 @@ def test_a_stream_goes_on_where_its_last_segment_ended():
     streams = Streams(text(1000), START, 7)
     context = Context(tgt_len=10, mem_len=4)
     segments = [streams.segment(range(2, 5), k, context).targets_BT for k in range(streams.segments(10))]
-    for before, after in zip(segments, segments[1:]):
+    for before, after in pairwise(segments):
         for a, b in zip(before.tolist(), after.tolist()):
             assert b[0] in (a[-1] + 1, IGNORE)
 

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# All tests: bash run_tests.sh [pytest's options]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source environment.sh
+ruff check .
+exec python -m pytest "$@"

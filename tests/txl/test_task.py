@@ -1,0 +1,92 @@
+"""Evaluation: every token once, one number whatever the ranks, and what memory is worth."""
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine.task import Position
+from engine.world import World, world
+from tests.ranks import run_ranks
+from tests.txl.small import RECIPE, corpus
+from txl.config import Context
+from txl.model import TransformerXL
+from txl.task import TransformerXLTask, evaluate
+
+ALONE = World(0, 0, 1, torch.device("cpu"))
+
+
+def model():
+    torch.manual_seed(2)
+    return TransformerXL(RECIPE.model, 30).double().eval()
+
+
+def _scores(streams):
+    with world() as w:
+        return [evaluate(model(), corpus(), "valid", Context(tgt_len=7, mem_len=5), count, w) for count in streams]
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_the_loss_is_the_same_for_every_number_of_ranks(ranks):
+    streams = (1, 2, 3, 5, 16, 101)                               # also fewer streams than ranks, and one token each
+    alone = [evaluate(model(), corpus(), "valid", Context(tgt_len=7, mem_len=5), count, ALONE) for count in streams]
+    for scores in run_ranks(ranks, _scores, streams):
+        for mine, score in zip(alone, scores):
+            assert score.tokens == mine.tokens == 101
+            assert score.nats == pytest.approx(mine.nats, rel=1e-12)
+            assert score.protocol == mine.protocol
+
+
+def test_the_loss_equals_predicting_one_token_after_the_other():
+    """One stream, all of its past in memory: the sum over single steps, each with the whole text before it."""
+    net, text = model(), corpus().splits["valid"][:40]
+    data = corpus()
+    data.splits["valid"] = text
+    score = evaluate(net, data, "valid", Context(tgt_len=6, mem_len=40), 1, ALONE)
+    tokens = torch.tensor([0, *text.tolist()])
+    nats = 0.0
+    with torch.no_grad():
+        for i in range(len(text)):
+            hidden, _ = net.hidden(tokens[None, :i + 1], None, Context(tgt_len=1, mem_len=0))
+            nats -= float(net.vocabulary.log_prob(hidden[:, -1])[0, tokens[i + 1]])
+    assert score.nats == pytest.approx(nats, rel=1e-10)
+
+
+def test_an_epoch_reads_every_token_once_and_then_starts_anew():
+    task = TransformerXLTask(RECIPE, corpus())
+    seen, steps = 0, task.steps(ALONE, Position())
+    for step in steps:
+        if step.position.epoch == 1:
+            break
+        assert step.fresh == (step.position.index == 0)
+        seen += step.tokens
+    assert seen == 330
+    assert step.fresh
+
+
+def test_the_data_go_on_from_any_position():
+    task = TransformerXLTask(RECIPE, corpus())
+    steps = task.steps(ALONE, Position())
+    whole = [next(steps) for _ in range(25)]
+    for i in (1, 10, 11, 12, 24):
+        again = next(task.steps(ALONE, whole[i - 1].following))
+        assert again.position == whole[i].position
+        assert torch.equal(again.micro_batches[0].tokens_BQ, whole[i].micro_batches[0].tokens_BQ)
+
+
+def test_the_same_place_is_found_with_another_batch():
+    """Half the streams make twice the steps: the middle of an epoch stays the middle."""
+    half = replace(RECIPE, batch=replace(RECIPE.batch, size=2))
+    steps = TransformerXLTask(RECIPE, corpus(length=320)).steps(ALONE, Position())
+    position = [next(steps) for _ in range(5)][-1].following
+    assert (position.index, position.steps) == (5, 10)
+    assert next(TransformerXLTask(half, corpus(length=320)).steps(ALONE, position)).position.index == 10
+
+
+def test_the_test_is_measured_by_its_own_context():
+    recipe = replace(RECIPE, test_context=Context(tgt_len=3, mem_len=20, clamp_len=9, same_length=True))
+    task = TransformerXLTask(recipe, corpus())
+    net = task.build()
+    assert "tgt_len 3, mem_len 20, clamp_len 9, same_length" in task.evaluate(net, "test", ALONE).protocol
+    assert "tgt_len 8, mem_len 8" in task.evaluate(net, "valid", ALONE).protocol
