@@ -18,6 +18,8 @@ from cluster.plan import Plan
 FINISHED, FAILED, STOPPED = 0, 1, 130             # exit statuses of the launcher; 2 is a launch refused
 POLL_S = 0.1
 TAIL = 20                                         # lines of a log shown after a failure
+FOLLOWED = "rank-0.log"
+PROGRESS = "step "                                # how the trainer's lines of progress begin
 # torchrun's report in a node's log: which of its ranks failed first, and how.
 ROOT_CAUSE = re.compile(r"Root Cause.*?time\s*: (\S+).*?rank\s*: (\d+).*?exitcode\s*: (-?\d+)", re.DOTALL)
 
@@ -31,7 +33,7 @@ class Follower:
 
     def __enter__(self) -> Follower:
         self._began = time.time()
-        self._log = Tail(self.plan.run_dir / "logs" / "rank-0.log")
+        self._log = Tail(self.plan.run_dir / "logs" / FOLLOWED)
         self._handlers = {number: signal.signal(number, self._interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -48,7 +50,7 @@ class Follower:
                 self.screen.say("Stopping at the next step, with a checkpoint. Ctrl-C again kills.")
             if self._interrupts == 1:
                 job.stop()                        # again and again: a training that starts up may have cleared it
-            elif self._interrupts > 1 > heard - 1:
+            elif self._interrupts > 1 and heard < 2:
                 self.screen.say("Killing.")
                 job.kill()
             heard = self._interrupts
@@ -86,7 +88,8 @@ def failure(run_dir: Path, nodes: int, statuses: tuple[int, ...], since: float) 
     causes = sorted((time_, int(exit_) >= 0, int(rank), int(exit_), i)
                     for i, text in logs.items() for time_, rank, exit_ in ROOT_CAUSE.findall(text))
     if not causes:
-        node = next((i for i, status in enumerate(statuses) if status), 0)
+        # A node that was told to end because another had failed ends with a status too, and says SIGTERM.
+        node = min(logs, key=lambda i: (not statuses[i], statuses[i] == -signal.SIGTERM or "SIGTERM" in logs[i], i))
         shown, text = run_dir / "logs" / f"node-{node}.log", logs[node]
         what = f"Node {node} failed: torchrun {_ended(statuses[node])}."
     else:
@@ -97,8 +100,10 @@ def failure(run_dir: Path, nodes: int, statuses: tuple[int, ...], since: float) 
             shown, text = run_dir / "logs" / f"node-{node}.log", _without_torchrun(logs[node])
         else:
             text = shown.read_text(errors="replace")
-    lines = [f"  {line}" for line in text.rstrip().splitlines()[-TAIL:]]
-    return "\n".join([what, f"The end of {shown}:", *lines, f"All logs: {run_dir}/logs/rank-*.log, node-*.log"])
+    lines = [f"  {line}" for line in text.rstrip().splitlines() if not line.startswith(PROGRESS)][-TAIL:]
+    if shown.name == FOLLOWED or not lines:
+        return f"{what} See {shown}, and {run_dir}/logs/ for the others."
+    return "\n".join([what, f"The end of {shown}:", *lines, f"All logs: {run_dir}/logs/"])
 
 
 class Tail:
@@ -129,7 +134,7 @@ class Screen:
 
     def show(self, lines: list[str]) -> None:
         for line in lines:
-            if self._in_place and line.startswith("step "):
+            if self._in_place and line.startswith(PROGRESS):
                 self._out.write(f"\r\x1b[2K{line[:shutil.get_terminal_size().columns - 1]}")
                 self._progress = True
             else:

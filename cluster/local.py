@@ -114,6 +114,8 @@ class LocalJob:
                 self._start_tensorboard()
         except BaseException:
             self.kill()
+            for agent in self._agents:
+                agent.wait()                      # whoever tries again finds the lock free
             raise
 
     def poll(self) -> tuple[int, ...] | None:

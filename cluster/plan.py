@@ -72,14 +72,15 @@ class Plan:
             ("machines", f"{self.layout.machines} (--backend={self.backend})"),
             ("cost", self.layout.cost),
             ("model", f"{recipe.entry.partition('.')[0]}, {params}, {recipe.precision}"),
-            ("batch", f"{total} sequences, {_span(shares)} on each of {ranks} ranks, in {_span(pieces)} micro-batches"),
+            ("batch", f"{total} sequences over {ranks} rank(s), {_span(shares)} each, "
+                      f"in {_span(pieces)} micro-batch(es)"),
             ("lr", f"{recipe.optim.name}, peak {recipe.optim.peak_lr(total):.4g}"),
             ("length", f"{steps:,} steps of {tokens:,} tokens: {steps * tokens:,} to the end"),
             ("setup", self.layout.setup),
             *(("note", note) for note in self.layout.notes),
             *((f"node {node.rank}", f"{node.address}: {node}") for node in self.layout.nodes),
         ]
-        return "\n".join(f"{label:<9} {_folded(label, text)}" for label, text in rows)
+        return "\n".join(_row(label, text) for label, text in rows)
 
     @property
     def steps(self) -> int:
@@ -111,6 +112,7 @@ def _span(numbers: list[int]) -> str:
     return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]} to {numbers[-1]}"
 
 
-def _folded(label: str, text: str) -> str:
-    """Prose in lines of 110 characters; a command stays in one, to be copied."""
-    return text if label.startswith("node") else textwrap.fill(text, 100, subsequent_indent=" " * 10)
+def _row(label: str, text: str) -> str:
+    """Prose in lines of 110 characters; a node's command stays in one, to be copied."""
+    row = f"{label:<9} {text}"
+    return row if label.startswith("node ") else textwrap.fill(row, 110, subsequent_indent=" " * 10)

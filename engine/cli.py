@@ -42,7 +42,7 @@ def parse(flags: type[T], argv: list[str], *, prog: str, about: str, more: Calla
     try:
         return _checked(flags, argv)
     except values.BadValue as error:
-        misuse(f"{error}\npython {prog} --help lists the flags.")
+        misuse(f"{error}. The flags: python {prog} --help".replace("?.", "?"))
 
 
 def misuse(message: str) -> NoReturn:

@@ -1,0 +1,185 @@
+"""The backend `local` with small scripts in torchrun's place."""
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster import local
+from cluster.plan import Layout, Node, Plan
+from cluster.run import Refused
+from configs import tiny
+from engine.values import override
+
+SLEEPS = "import time; print('here', flush=True); time.sleep(60)"
+ENDS = "print('done')"
+FAILS = "import sys; sys.exit('no such luck')"
+DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
+
+
+def plan_of(*scripts: str, name: str = "x") -> Plan:
+    nodes = tuple(Node(i, "127.0.0.1", 1, {"WHO": f"node {i}"}, (sys.executable, "-c", script))
+                  for i, script in enumerate(scripts))
+    return Plan(name, "tiny", tiny, "local", Layout(nodes, "", "", ""), command="python launch.py --config=tiny")
+
+
+@pytest.fixture
+def jobs(tmp_path, monkeypatch):
+    """apply(), in an empty folder; what is left running at the end is killed."""
+    monkeypatch.chdir(tmp_path)
+    started = []
+
+    def start(*scripts: str, **options):
+        started.append(local.apply(plan_of(*scripts, **options)))
+        return started[-1]
+
+    yield start
+    for job in started:
+        job.kill()
+
+
+def ended(job) -> tuple[int, ...]:
+    return until(job.poll)
+
+
+def until(condition, limit_s: float = 20):
+    deadline = time.monotonic() + limit_s
+    while not (result := condition()):
+        assert time.monotonic() < deadline, "it did not come to pass"
+        time.sleep(0.01)
+    return result
+
+
+def alive(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
+
+
+def test_each_node_has_its_environment_its_log_and_its_exit_status(jobs):
+    job = jobs("import os; print(os.environ['WHO'], input.__name__)", "import os; print(os.environ['WHO'])")
+    assert ended(job) == (0, 0)
+    logs = [Path(f"runs/x/logs/node-{i}.log").read_text().splitlines() for i in range(2)]
+    assert [log[-1] for log in logs] == ["node 0 input", "node 1"]
+    assert all(log[0].startswith("=== launched") for log in logs)
+
+
+def test_a_node_has_nothing_to_read(jobs):
+    assert ended(jobs("input()")) == (1,)
+
+
+def test_one_node_that_fails_ends_the_others(jobs):
+    job = jobs(FAILS, SLEEPS)
+    assert ended(job) == (1, -signal.SIGTERM)
+
+
+def test_a_node_that_does_not_listen_is_ended_by_force(jobs, monkeypatch):
+    monkeypatch.setattr(local, "GRACE_S", 0)
+    job = jobs("import pathlib, time\nwhile not pathlib.Path('go').exists(): time.sleep(.01)\nraise SystemExit(3)", DEAF)
+    until(lambda: "here" in Path("runs/x/logs/node-1.log").read_text().splitlines())
+    Path("go").touch()
+    assert ended(job) == (3, -signal.SIGKILL)
+
+
+def test_a_node_that_is_done_waits_for_the_others(jobs):
+    job = jobs(ENDS, "import time; time.sleep(.3)")
+    assert ended(job) == (0, 0)
+
+
+def test_kill_ends_everything_at_once(jobs):
+    job = jobs(DEAF, SLEEPS)
+    job.kill()
+    assert ended(job) == (-signal.SIGKILL, -signal.SIGKILL)
+
+
+def test_stop_asks_by_a_file(jobs):
+    job = jobs(SLEEPS)
+    job.stop()
+    assert Path("runs/x/stop").exists()
+
+
+def test_a_run_that_is_going_on_is_not_started_again(jobs):
+    job = jobs(SLEEPS)
+    with pytest.raises(Refused, match=r"runs/x is running: torchrun \d+, started by \d+.*\n.*\n.*touch runs/x/stop"):
+        jobs(ENDS)
+    assert ended(jobs(ENDS, name="y")) == (0,)                                    # another one may
+    job.kill()
+    ended(job)
+    assert ended(jobs(ENDS)) == (0,)
+
+
+def test_a_run_outlives_its_launcher_and_stays_locked(jobs, tmp_path):
+    pid = os.fork()
+    if not pid:                                                                   # a launcher that vanishes
+        try:
+            local.apply(plan_of(SLEEPS))
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    agent = int(Path("runs/x/lock").read_text().split()[1].rstrip(","))
+    try:
+        assert alive(agent)
+        with pytest.raises(Refused, match=f"started by {pid}"):
+            jobs(ENDS)
+    finally:
+        os.kill(agent, signal.SIGKILL)
+    until(lambda: not alive(agent))
+    assert ended(jobs(ENDS)) == (0,)
+
+
+# What torchrun does: ranks in sessions of their own, known by their command line.
+STARTS_A_RANK = ("import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', "
+                 "'runs/x/recipe.json'], start_new_session=True); time.sleep(60)")
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="ranks are found in /proc")
+def test_ranks_do_not_outlive_a_torchrun_that_was_killed(jobs):
+    job = jobs(STARTS_A_RANK)
+    rank, = until(lambda: local.ranks_of(Path("runs/x")))
+    os.kill(job._agents[0].pid, signal.SIGKILL)
+    assert ended(job) == (-signal.SIGKILL,)
+    until(lambda: not alive(rank))
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="ranks are found in /proc")
+def test_ranks_left_by_torchrun_and_launcher_keep_the_run_from_starting(jobs):
+    job = jobs(STARTS_A_RANK)
+    rank, = until(lambda: local.ranks_of(Path("runs/x")))
+    os.kill(job._agents[0].pid, signal.SIGKILL)
+    job._agents[0].wait()
+    with pytest.raises(Refused, match=f"ranks without torchrun: {rank}"):
+        jobs(ENDS)
+    job.kill()
+    until(lambda: not alive(rank))
+
+
+def test_without_torch_nothing_is_made(jobs, monkeypatch):
+    monkeypatch.setattr(local.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(Refused, match=r"has no torch\. (?s:.*)-m pip install -r .*requirements\.txt"):
+        jobs(ENDS)
+    assert not Path("runs").exists()
+
+
+def test_a_command_that_cannot_be_started_leaves_nothing_running(jobs):
+    plan = plan_of(SLEEPS, ENDS)
+    broken = Node(1, "127.0.0.1", 1, {}, ("/no/such/python",))
+    plan = Plan("x", "tiny", tiny, "local", Layout((plan.layout.nodes[0], broken), "", "", ""))
+    with pytest.raises(FileNotFoundError):
+        local.apply(plan)
+    assert ended(jobs(ENDS)) == (0,)                                              # the lock is free
+
+
+def test_a_missing_checkpoint_is_noticed_before_the_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
+        local.survey(override(tiny, "recipe.init_from=runs/gone"))
+    (tmp_path / "runs" / "gone").mkdir(parents=True)
+    assert local.survey(override(tiny, "recipe.init_from=runs/gone")).cores >= 1
+
+
+@pytest.mark.parametrize(("visible", "gpus"), [("", ()), ("-1", ()), ("2,3", ("2", "3")), ("GPU-8, 1", ("GPU-8", "1"))])
+def test_only_the_gpus_that_the_user_lets_be_seen_are_used(visible, gpus, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert local.survey(tiny).gpus == gpus

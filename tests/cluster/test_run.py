@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.run import Refused, Standing, newest_checkpoint, read_status, record, standing
+from configs import tiny
+from engine.values import from_json, override
+
+CHECKOUT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    record(tmp_path / "runs" / "x", tiny.recipe, "the plan", "python launch.py --config=tiny", ("a.b=1",), CHECKOUT)
+    return tmp_path / "runs" / "x"
+
+
+def changed(*overrides: str):
+    return override(tiny, *overrides).recipe
+
+
+def test_what_led_to_a_run_is_kept_with_it(run_dir):
+    assert from_json(type(tiny.recipe), json.loads((run_dir / "recipe.json").read_text())) == tiny.recipe
+    assert (run_dir / "plan.txt").read_text() == "the plan\n"
+    assert "python launch.py --config=tiny\n    a.b=1\n" in (run_dir / "command.txt").read_text()
+    assert (run_dir / "logs").is_dir()
+    assert not list(run_dir.glob(".*"))
+
+
+def test_a_second_launch_adds_its_command_and_takes_the_request_to_stop_away(run_dir):
+    (run_dir / "stop").touch()
+    record(run_dir, tiny.recipe, "another plan", "python launch.py --again", (), CHECKOUT)
+    assert len((run_dir / "command.txt").read_text().splitlines()) == 3
+    assert not (run_dir / "stop").exists()
+
+
+def test_a_run_outside_git_says_so(tmp_path):
+    record(tmp_path / "run", tiny.recipe, "", "", (), tmp_path)
+    assert "is not a git checkout" in (tmp_path / "run" / "commit.txt").read_text()
+
+
+def test_a_name_is_new_until_a_recipe_has_it(tmp_path):
+    assert standing(tmp_path / "nothing", tiny.recipe) == Standing("new")
+
+
+def test_the_same_recipe_goes_on_from_the_newest_whole_checkpoint(run_dir):
+    assert str(standing(run_dir, tiny.recipe)) == "starts again, it left no checkpoint"
+    for folder in ["step-00000020", "step-00000040", ".step-00000060.partial"]:
+        (run_dir / "checkpoints" / folder).mkdir(parents=True)
+        (run_dir / "checkpoints" / folder / "meta.json").write_text("{}")
+    (run_dir / "checkpoints" / "step-00000060").mkdir()                           # without meta.json
+    assert newest_checkpoint(run_dir) == 40
+    assert str(standing(run_dir, tiny.recipe)) == "goes on from step 40"
+
+
+def test_what_moves_only_the_clock_may_change(run_dir):
+    assert standing(run_dir, changed("recipe.clock.log_interval=1")).changes == ("clock.log_interval: 10 -> 1",)
+
+
+def test_another_recipe_of_that_name_is_refused_with_the_differences(run_dir):
+    with pytest.raises(Refused) as refused:
+        standing(run_dir, changed("recipe.optim.lr=.02", "recipe.seed=5", "recipe.clock.log_interval=1"))
+    assert str(refused.value) == (f"{run_dir} is another run, with another recipe (theirs -> yours):\n"
+                                  f"  optim.lr: 0.001 -> 0.02\n  seed: 1111 -> 5\n"
+                                  f"Choose another --name, or remove {run_dir}")
+
+
+def test_a_finished_run_says_what_it_reached(run_dir):
+    (run_dir / "status.json").write_text('{"state": "finished", "step": 60, "message": "test ppl 500"}')
+    assert str(standing(run_dir, tiny.recipe)) == "finished at step 60, test ppl 500"
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"batch": 3}'])
+def test_a_spoilt_recipe_is_refused(run_dir, text):
+    (run_dir / "recipe.json").write_text(text)
+    with pytest.raises(Refused, match="is not a recipe that this version reads"):
+        standing(run_dir, tiny.recipe)
+
+
+def test_no_status_is_no_error(run_dir):
+    assert read_status(run_dir) == {}
+    (run_dir / "status.json").write_text("{")
+    assert read_status(run_dir) == {}
