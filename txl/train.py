@@ -30,10 +30,10 @@ def main(argv: list[str]) -> int:
     path = Path(argv[0])
     with world() as w:
         run = Run(path.parent, w)
-        run.listen()
         try:
             recipe = from_json(Recipe, json.loads(path.read_text()))
             corpus = load(prepare(recipe.data))    # every rank asks; a lock lets the first do it and the others find it
+            run.listen()                           # only now: what came before may be cut off at any moment
             train(w, TransformerXLTask(recipe, corpus), recipe, run)
         except (BadValue, DataError, CheckpointError, Diverged) as error:
             run.fail(error)                        # what went wrong is known, and its message is for a person

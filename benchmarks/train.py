@@ -1,0 +1,157 @@
+"""Tokens per second of a config's training step on this machine, and where the time goes.
+
+    python -m benchmarks.train --config=demo
+    python -m benchmarks.train --config=demo --set=recipe.precision=bf16 --record
+
+The step is the engine's: forward, backward, clipping, optimizer, on random tokens of natural frequencies, so that no
+data is needed. --record adds the row to benchmarks/train.md.
+"""
+from __future__ import annotations
+
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+
+from configs import CONFIGS
+from engine import optim
+from engine.cli import flag, misuse, parse
+from engine.config import Recipe
+from engine.metrics import peak_flops
+from engine.precision import precision_for
+from engine.task import Position
+from engine.values import BadValue, nearest, override
+from engine.world import World, world
+from txl.task import TransformerXLTask
+
+TABLE = Path(__file__).with_name("train.md")
+HEADING = "| date | commit | command | tokens/s | range | forward / backward / optimizer | peak GiB | MFU | machine |"
+
+
+@dataclass(frozen=True)
+class Flags:
+    config: str = flag("a name of configs.py")
+    set: tuple[str, ...] = flag("one field, as for launch.py; may be repeated", default=())
+    rounds: int = flag("timed rounds; the median counts", default=5)
+    steps: int = flag("steps of a round", default=10)
+    record: bool = flag("add the row to benchmarks/train.md", default=False)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of each round, and of its forward, backward and optimizer parts."""
+    rounds: list[tuple[float, float, float]]
+    tokens: int                                   # of a round, over all ranks
+
+    def rate(self, seconds: float) -> float:
+        return self.tokens / seconds
+
+    def __str__(self) -> str:
+        rates = sorted(self.rate(sum(parts)) for parts in self.rounds)
+        parts = [statistics.median(x) for x in zip(*self.rounds)]
+        return (f"{statistics.median(rates):,.0f} | {rates[0]:,.0f} to {rates[-1]:,.0f} | "
+                + " / ".join(f"{part / sum(parts):.0%}" for part in parts))
+
+
+def main(argv: list[str]) -> int:
+    flags = parse(Flags, argv, prog="-m benchmarks.train", about=__doc__)
+    if flags.config not in CONFIGS:
+        misuse(f"There is no config {flags.config!r}.{nearest(flags.config, CONFIGS)}")
+    try:
+        recipe = override(CONFIGS[flags.config], *flags.set).recipe
+    except BadValue as error:
+        misuse(str(error))
+    with world() as w:
+        timing = measure(recipe, w, flags.rounds, flags.steps)
+        if not w.leads:
+            return 0
+        name = torch.cuda.get_device_name() if w.device.type == "cuda" else _processor()
+        peak = peak_flops(name, recipe.precision)
+        rate = statistics.median(timing.rate(sum(parts)) for parts in timing.rounds)
+        task = TransformerXLTask(recipe, corpus(recipe))
+        mfu = f"{rate * task.flops_per_token / peak / w.size:.1%}" if peak else "no peak known"
+        memory = (torch.cuda.max_memory_allocated() / 2 ** 30 if w.device.type == "cuda"
+                  else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+        command = " ".join([f"--config={flags.config}", *(f"--set={x}" for x in flags.set)])
+        row = (f"| {time.strftime('%Y-%m-%d')} | {_commit()} | `{command}` | {timing} | {memory:.2f} | {mfu} | "
+               f"{w.size} x {name}, {torch.get_num_threads()} threads, torch {torch.__version__} |")
+        print(f"{HEADING}\n{row}")
+        if flags.record:
+            with open(TABLE, "a") as table:
+                table.write(row + "\n")
+    return 0
+
+
+def corpus(recipe: Recipe) -> SimpleNamespace:
+    """Tokens whose frequencies fall like 1/rank (Zipf), as those of natural text do."""
+    n_token = recipe.data.n_token or 256
+    weights = 1 / np.arange(1, n_token + 1)
+    tokens = np.random.default_rng(0).choice(n_token, 1 << 20, p=weights / weights.sum()).astype(np.int32)
+    return SimpleNamespace(splits={"train": tokens}, vocab=SimpleNamespace(start=0), n_token=n_token)
+
+
+def measure(recipe: Recipe, w: World, rounds: int, steps: int) -> Timing:
+    """One round more than asked for is run, the first, to warm up."""
+    task, precision = TransformerXLTask(recipe, corpus(recipe)), precision_for(recipe.precision, w.device)
+    torch.manual_seed(recipe.seed)
+    model = task.build().to(w.device)
+    ddp = w.parallel(model)
+    parameters = list(model.parameters())
+    optimizer = optim.build(model.named_parameters(), recipe.optim, recipe.optim.peak_lr(recipe.batch.total(w.size)))
+    data = task.steps(w, Position())
+    carries, timings, tokens = [], [], 0
+    for _ in range(rounds + 1):
+        parts, tokens = [0.0, 0.0, 0.0], 0
+        for _ in range(steps):
+            step = next(data)
+            carries = [None] * len(step.micro_batches) if step.fresh else carries
+            for i, micro_batch in enumerate(step.micro_batches):
+                with w.accumulating(ddp, more=i + 1 < len(step.micro_batches)):
+                    clock = _clock(w)
+                    with precision.autocast():
+                        nats, carries[i] = task.loss(ddp, micro_batch, carries[i])
+                    parts[0] += _clock(w) - clock
+                    clock = _clock(w)
+                    (nats * (w.size / step.tokens)).backward()
+                    parts[1] += _clock(w) - clock
+            clock = _clock(w)
+            optim.clip_(parameters, recipe.optim.clip)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            parts[2] += _clock(w) - clock
+            tokens += step.tokens
+        timings.append(tuple(parts))
+    return Timing(timings[1:], tokens)
+
+
+def _clock(w: World) -> float:
+    """Now, when the device has done all it was given."""
+    if w.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                          cwd=Path(__file__).parent)
+    return done.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
