@@ -27,6 +27,7 @@ from typing import Any, Literal
 import numpy as np
 
 from engine.cli import flag, parse
+from engine.values import BadValue, from_json
 from txl.config import Data, Dataset
 from txl.datasets import FOLDERS, SOURCES, SPLITS, DataError, fetch, write_stdlib
 from txl.vocab import BpeVocab, ByteVocab, Vocab, WordVocab
@@ -86,15 +87,16 @@ def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, prog="-m txl.data", about=__doc__)
     folder = Path(flags.dir or FOLDERS.get(flags.dataset, "data/text"))
     try:
-        if flags.dataset == "gpt2":
-            fetch("gpt2", folder)
-            print(f"GPT-2's byte pairs are in {folder}. Use them with --set recipe.data.bpe_files={folder}")
-        else:
-            data = _usual(flags, folder)
-            if data.dataset in SOURCES and _missing(data):
-                fetch(data.dataset, folder)
-            print(_table(load(data)))
-    except DataError as error:
+        with _explained(folder):
+            if flags.dataset == "gpt2":
+                fetch("gpt2", folder)
+                print(f"GPT-2's byte pairs are in {folder}. Use them with --set recipe.data.bpe_files={folder}")
+            else:
+                data = _usual(flags, folder)
+                if data.dataset in SOURCES and _missing(data):
+                    fetch(data.dataset, folder)
+                print(_table(load(data)))
+    except (DataError, BadValue) as error:
         print(error, file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -113,7 +115,8 @@ class Flags:
 
 def _usual(flags: Flags, folder: Path) -> Data:
     vocab = flags.vocab or {"enwik8": "byte", "text8": "byte", "stdlib": "bpe"}.get(flags.dataset, "word")
-    return Data(flags.dataset, str(folder), vocab, flags.n_token or (4096 if vocab == "bpe" else None))
+    n_token = 4096 if flags.n_token is None and vocab == "bpe" else flags.n_token
+    return from_json(Data, {"dataset": flags.dataset, "dir": str(folder), "vocab": vocab, "n_token": n_token})
 
 
 def _table(corpus: Corpus) -> str:

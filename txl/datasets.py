@@ -125,18 +125,15 @@ def _write_stdlib(folder: Path) -> None:
 
 def _get(url: str, part: Path, size: int | None) -> None:
     """Completes `part` from `url`; goes on by itself after a cut connection as long as each try brings more."""
-    had = -1
-    while had < _size(part) != size:
-        had = _size(part)
+    while (had := _size(part)) != size:
         try:
-            return _get_rest(url, part, size)
+            _get_rest(url, part, size)
+            return
         except (OSError, http.client.HTTPException) as error:
             if getattr(error, "code", None) == 416 and had:   # as long as the file or longer, and not the file
                 part.unlink()
-                had = -1
             elif _size(part) <= had:
                 raise
-    return None
 
 
 def _get_rest(url: str, part: Path, size: int | None) -> None:
@@ -233,8 +230,8 @@ def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
         else:
             with tarfile.open(archive, "r|*") as tar:
                 for member in tar:
-                    if (stream := tar.extractfile(member) if member.isfile() else None) is not None:
-                        yield _inside(member.name, archive), stream
+                    if (content := tar.extractfile(member) if member.isfile() else None) is not None:
+                        yield _inside(member.name, archive), content
     except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
         raise DataError(f"{archive} cannot be unpacked ({error}). Delete it and run the same command again") from error
 

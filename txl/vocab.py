@@ -136,17 +136,19 @@ class WordVocab(Vocab):
 
     @cached_property
     def _table(self) -> dict[str, int]:
-        return (dict if self.unk is None else partial(_WithUnk, self.unk))(zip(self._words, range(self.size)))
+        return _Table(self._words, self.unk)
 
 
-class _WithUnk(dict):
-    """A dictionary that answers `unk` for what it does not hold, and does not grow by it."""
+class _Table(dict):
+    """Words to ids, and to `unk`, if there is one, what is none of them; asking does not make it grow."""
 
-    def __init__(self, unk: int, items: Iterable[tuple[str, int]]):
-        super().__init__(items)
+    def __init__(self, words: list[str], unk: int | None):
+        super().__init__(zip(words, range(len(words))))
         self.unk = unk
 
     def __missing__(self, word: str) -> int:
+        if self.unk is None:
+            raise KeyError(word)
         return self.unk
 
 

@@ -198,10 +198,12 @@ def test_a_full_disk_is_an_error_that_leaves_nothing(folder, monkeypatch):
     assert leftovers(folder) == []
 
 
-def test_a_folder_that_cannot_be_read_is_an_error(tmp_path):
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, capsys):
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(DataError, match=r"Cannot prepare .*Not a directory"):
         prepare(words(tmp_path / "file"))
+    assert main(["--dataset=wt2", f"--dir={tmp_path / 'file'}"]) == 1
+    assert len(capsys.readouterr().err.splitlines()) == 1
 
 
 def test_a_text_that_changes_while_it_is_read_is_an_error(folder, monkeypatch):
@@ -249,6 +251,13 @@ def test_a_killed_encode_leaves_nothing_that_is_served(folder):
     assert leftovers(folder) == []
 
 
+def test_a_folder_that_was_never_moved_into_place_is_not_served(folder):
+    first = prepare(words(folder))
+    first.rename(folder / "tokens" / ".building")             # killed just before the end
+    assert prepare(words(folder)) == first
+    assert [p.name for p in (folder / "tokens").iterdir() if p.is_dir()] == [first.name]
+
+
 def test_the_command_writes_the_standard_librarys_text_and_its_tokens(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(datasets, "stdlib_files", lambda root: {
         "train": [root / "argparse.py"], "valid": [root / "json/decoder.py"], "test": [root / "abc.py"]})
@@ -269,12 +278,9 @@ def test_the_command_says_in_one_line_that_it_is_offline_and_changes_nothing(tmp
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_command_says_that_the_same_one_goes_on(tmp_path, monkeypatch, capsys):
-    def interrupted(*_):
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data, "fetch", interrupted)
-    assert main(["--dataset=wt2", f"--dir={tmp_path}"]) == 130
-    assert "same command goes on" in capsys.readouterr().err
+def test_flags_that_do_not_go_together_are_one_line(tmp_path, capsys):
+    assert main(["--dataset=text", f"--dir={tmp_path}", "--vocab=byte", "--n_token=9"]) == 1
+    assert capsys.readouterr().err == "data: a byte vocabulary has exactly 256 tokens\n"
 
 
 def test_the_manifest_tells_what_the_tokens_were_made_of(folder):

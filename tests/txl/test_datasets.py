@@ -2,12 +2,16 @@
 import hashlib
 import http.server
 import io
+import os
 import re
+import signal
 import socket
+import subprocess
 import sys
 import sysconfig
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -22,9 +26,12 @@ BODY = bytes(range(256)) * 4000
 class Server(http.server.ThreadingHTTPServer):
     """Serves BODY and notes what it was asked for and what it sent."""
 
-    def __init__(self, ranges: bool = True, cut_at: int | None = None, body: bytes = BODY):
+    def __init__(self, ranges: bool = True, cut_at: int | None = None, body: bytes = BODY, stall: bool = False):
         super().__init__(("127.0.0.1", 0), Handler)
         self.ranges, self.cut_at, self.body = ranges, cut_at, body
+        self.go_on = threading.Event()                   # what a cut waits for
+        if not stall:
+            self.go_on.set()
         self.asked, self.sent = [], []
         threading.Thread(target=self.serve_forever, args=(0.01,), daemon=True).start()
 
@@ -46,6 +53,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         end = self.server.cut_at if self.server.cut_at and len(self.server.asked) == 1 else len(body)
         self.server.sent.append(end - start)
         self.wfile.write(body[start:end])
+        self.server.go_on.wait(20)
         return None
 
     def log_message(self, *_):
@@ -61,6 +69,7 @@ def serve():
         return servers[-1]
     yield start
     for server in servers:
+        server.go_on.set()
         server.shutdown()
         server.server_close()
 
@@ -88,6 +97,25 @@ def test_a_connection_that_is_cut_is_taken_up_again(serve, tmp_path):
     assert download(body_at(server.url), tmp_path).read_bytes() == BODY
     assert server.asked == [None, "bytes=300000-"]
     assert server.sent == [300_000, len(BODY) - 300_000]
+
+
+def test_an_interrupted_command_keeps_its_part_and_goes_on_from_it(serve, tmp_path):
+    server = serve(cut_at=300_000, stall=True)
+    file = body_at(server.url, gives=("body.bin",))
+    program = (f"import signal, sys\nfrom txl import data\nfrom txl.datasets import *\n"
+               f"signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+               f"SOURCES['wt2'] = ({file!r},)\nsys.exit(data.main(['--dataset=wt2', '--dir={tmp_path}']))")
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"PYTHONPATH": str(Path(datasets.__file__).parent.parent)})
+    part = tmp_path / "body.bin.part"
+    while process.poll() is None and not (part.exists() and part.stat().st_size == 4 << 16):
+        time.sleep(.01)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate()
+    assert (process.returncode, said.splitlines()[-1]) == (130, "Interrupted. The same command goes on from here.")
+    server.go_on.set()
+    assert download(file, tmp_path).read_bytes() == BODY
+    assert server.asked == [None, f"bytes={4 << 16}-"]
 
 
 def test_a_server_without_ranges_sends_all_of_it_again(serve, tmp_path):
