@@ -183,6 +183,9 @@ class _Training:
                            f"Lower the learning rate (--set recipe.optim.lr=…) or warm up longer; "
                            f"recipe.divergence_nats sets how far is too far.")
         progress.lowest_loss = min(progress.lowest_loss, loss)
+        if self.precision.scaled and self.scaler.get_scale() < 2.0 ** -10:
+            raise Diverged(f"The gradient overflows fp16 at every step up to {progress.step}, whatever the loss scale. "
+                           f"{self._good_checkpoint()} Use --set recipe.precision=bf16 or fp32.")
 
     def _validate(self) -> None:
         """Evaluate; then save, since these are the weights that the loss is of."""

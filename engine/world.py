@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from engine.values import BadValue
+
 
 @dataclass(frozen=True)
 class World:
@@ -60,10 +62,17 @@ class World:
 
 @contextlib.contextmanager
 def world(timeout_s: float = 1800.0) -> Iterator[World]:
-    """The world that torchrun's environment describes, or a world of one. On a GPU where there is one for each rank."""
-    rank, local_rank, size = (int(os.environ.get(name, default))
-                              for name, default in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1)))
-    cuda = torch.cuda.is_available() and torch.cuda.device_count() > local_rank
+    """The world that torchrun's environment describes, or a world of one; on GPUs if this process sees any.
+
+    Raises BadValue where the machine's ranks are more than its GPUs.
+    """
+    rank, local_rank, size, local_size = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_WORLD_SIZE", 1)))
+    gpus = torch.cuda.device_count()
+    cuda = gpus > 0
+    if cuda and gpus < local_size:
+        raise BadValue(f"{local_size} ranks on this machine, but it has {gpus} GPU(s). Start --nproc-per-node={gpus}, "
+                       f"or set CUDA_VISIBLE_DEVICES= (empty) to use the processor")
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
