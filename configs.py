@@ -2,10 +2,10 @@
 
 A config is a recipe (what can move the loss curve) and the machines that its numbers were published for.
 Numbers come from four systems:
-  seed      cybertronai/transformer-xl, launch.py and README, 2019 (V100)
-  NVIDIA    DeepLearningExamples, PyTorch/LanguageModeling/Transformer-XL, wt103_{base,large}.yaml and README
-  paper     arXiv:1901.02860 and the scripts of its repository, kimiyoung/transformer-xl pytorch/run_*.sh
-  ours      for a machine without a GPU
+  cybertronai  its transformer-xl, launch.py and README, 2019 (V100)
+  NVIDIA       DeepLearningExamples, PyTorch/LanguageModeling/Transformer-XL, wt103_{base,large}.yaml and README
+  paper        arXiv:1901.02860 and the scripts of its repository, kimiyoung/transformer-xl pytorch/run_*.sh
+  ours         for a machine without a GPU
 """
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ WT103_CUTOFFS = (20000, 40000, 200000)
 NVIDIA_CUTOFFS = (19997, 39997, 199997)           # so that with three clusters the head has 20,000 entries
 LM1B_CUTOFFS = (60000, 100000, 640000)
 
-# LAMB of seed and NVIDIA alike: no bias correction, no weight decay, eps 1e-6.
+# LAMB of cybertronai and NVIDIA alike: no bias correction, no weight decay, eps 1e-6.
 LAMB = Optim("lamb", lr=0.01, eps=1e-6, bias_correction=False)
 
-# --- seed: wikitext-103 in as little time as possible ------------------------------------------------------------
+# --- cybertronai: wikitext-103 in as little time as possible -----------------------------------------------------
 
-# The seed's learning-rate rule: base_lr * sequences per step / 32, found on one machine (lr .005 for 768). Linear up to
-# two machines; above, its authors lowered base_lr by hand, so that lr stays at .012 from four machines on.
+# Its learning-rate rule: base_lr * sequences per step / 32, found on one machine (lr .005 for 768). Linear up to two
+# machines; above, its authors lowered base_lr by hand, so that lr stays at .012 from four machines on.
 LR_ONE_GPU = LinearLr(.000125 * 5 / 3 * 5, 32)
 LR_TO_TWO = LinearLr(.000125 * 5 / 3, 32)
 LR_FOUR = LinearLr(.000125, 32)
@@ -40,7 +40,7 @@ LR_EIGHT = LinearLr(.000125 / 2, 32)
 LR_SIXTEEN = LinearLr(.000125 / 4, 32)
 LR_TEST_8_16 = LinearLr(.001 / 4, 32)
 
-SEED_BASE = Recipe(
+CYBERTRONAI_BASE = Recipe(
     model=Model(n_layer=16, d_model=512, n_head=8, d_head=48, d_inner=2048, cutoffs=WT103_CUTOFFS),
     data=WT103,
     context=Context(tgt_len=128, mem_len=128),
@@ -48,16 +48,14 @@ SEED_BASE = Recipe(
     batch=Batch(local_size=96),
     optim=replace(LAMB, lr=LR_TO_TWO),
     schedule=Schedule("cosine"),                  # to 0 at the last token, no warm-up
-    stop=Stop(max_tokens=1_800_000_000),          # the seed's horizon; it then went on at a constant rate
+    stop=Stop(max_tokens=1_800_000_000),          # cybertronai's horizon; it then went on at a constant rate
     precision="fp16",
     clock=Clock(log_interval=100, eval_interval=1000),
 )
-SEED_LARGE = replace(
-    SEED_BASE,
-    # The seed's third cutoff, 200000, lay beyond the 50,257 tokens and made an empty cluster. At 50000 it holds the
-    # last 257 tokens, and the model is as large as the seed's.
+CYBERTRONAI_LARGE = replace(
+    CYBERTRONAI_BASE,
     model=Model(n_layer=18, d_model=1024, n_head=16, d_head=64, d_inner=4096, dropout=.2, dropatt=.2, init_std=.005,
-                cutoffs=(20000, 40000, 50000)),
+                cutoffs=(5000, 10000, 40000)),
     data=WT103_BPE,
     context=Context(tgt_len=384, mem_len=384),
     eval_context=Context(tgt_len=128, mem_len=640),              # mem_len grows by what tgt_len loses
@@ -65,51 +63,51 @@ SEED_LARGE = replace(
     stop=Stop(max_tokens=36_000_000_000),
 )
 
-SCALING = "Transformer-XL base on wikitext-103, 1 to 128 GPUs (seed)"
+SCALING = "Transformer-XL base on wikitext-103, 1 to 128 GPUs (cybertronai)"
 one_gpu = Config(
-    replace(SEED_BASE, batch=Batch(local_size=32), optim=replace(LAMB, lr=LR_ONE_GPU)),
+    replace(CYBERTRONAI_BASE, batch=Batch(local_size=32), optim=replace(LAMB, lr=LR_ONE_GPU)),
     Machines("p3.2xlarge"), SCALING,
-    "The seed's recipe for one V100, also behind its single_machine.sh. No result was published.")
+    "cybertronai's recipe for one V100, also behind its single_machine.sh. No result was published.")
 one_machine = Config(
-    SEED_BASE, Machines("p3dn.24xlarge"), SCALING,
-    "24.617 test perplexity in 2h54 on 8 V100 (seed's README as corrected by its authors, commit 8a70de1). "
+    CYBERTRONAI_BASE, Machines("p3dn.24xlarge"), SCALING,
+    "24.617 test perplexity in 2h54 on 8 V100 (cybertronai's README as corrected by its authors, commit 8a70de1). "
     "The README first said 21.5 in 2h50, which they withdrew.")
 two_machines = Config(
-    SEED_BASE, Machines("p3dn.24xlarge", count=2), SCALING,
-    "The last step of linear scaling, lr .010 (seed's launch.py). No result was published.")
+    CYBERTRONAI_BASE, Machines("p3dn.24xlarge", count=2), SCALING,
+    "The last step of linear scaling, lr .010 (cybertronai's launch.py). No result was published.")
 four_machines = Config(
-    replace(SEED_BASE, optim=replace(LAMB, lr=LR_FOUR)), Machines("p3dn.24xlarge", count=4), SCALING,
-    "lr held at .012 from here on (seed's launch.py). No result was published.")
+    replace(CYBERTRONAI_BASE, optim=replace(LAMB, lr=LR_FOUR)), Machines("p3dn.24xlarge", count=4), SCALING,
+    "lr held at .012 from here on (cybertronai's launch.py). No result was published.")
 eight_machines = Config(
-    replace(SEED_BASE, optim=replace(LAMB, lr=LR_EIGHT)), Machines("p3dn.24xlarge", count=8), SCALING,
-    "90 seconds per epoch on 64 V100 (seed's README): 1.147 million tokens/s. No perplexity was published.")
+    replace(CYBERTRONAI_BASE, optim=replace(LAMB, lr=LR_EIGHT)), Machines("p3dn.24xlarge", count=8), SCALING,
+    "90 seconds per epoch on 64 V100 (cybertronai's README): 1.147 million tokens/s. No perplexity was published.")
 sixteen_machines = Config(
-    replace(SEED_BASE, optim=replace(LAMB, lr=LR_SIXTEEN)), Machines("p3dn.24xlarge", count=16), SCALING,
-    "The largest of the seed's launch.py, 128 V100. No result was published.")
+    replace(CYBERTRONAI_BASE, optim=replace(LAMB, lr=LR_SIXTEEN)), Machines("p3dn.24xlarge", count=16), SCALING,
+    "The largest of cybertronai's launch.py, 128 V100. No result was published.")
 
-# "examples/sec" of the seed's README multiplied 96 sequences per GPU by the measured steps/s, while these configs run
-# 16: true sequences/s are a sixth. Steps took 1719.90, 1785.12, 1769.33, 2027.51, 2081.99 ms
-# (medians, in the seed's generate_throughput_numbers.py).
-THROUGHPUT = "Throughput of Transformer-XL large, 297M parameters (seed, which calls it 277M)"
+# "examples/sec" of its README multiplied 96 sequences per GPU by the measured steps/s, while these configs run 16: true
+# sequences/s are a sixth. Steps took 1719.90, 1785.12, 1769.33, 2027.51, 2081.99 ms (medians, in its
+# generate_throughput_numbers.py).
+THROUGHPUT = "Throughput of Transformer-XL large, 297M parameters (cybertronai, which calls it 277M)"
 test_1 = Config(
-    SEED_LARGE, Machines("p3dn.24xlarge"), THROUGHPUT,
-    "74.4 sequences/s, 28,600 tokens/s on 8 V100. The seed's README says 446 examples/sec, six times too many.")
+    CYBERTRONAI_LARGE, Machines("p3dn.24xlarge"), THROUGHPUT,
+    "74.4 sequences/s, 28,600 tokens/s on 8 V100. cybertronai's README says 446 examples/sec, six times too many.")
 test_2 = Config(
-    SEED_LARGE, Machines("p3dn.24xlarge", count=2), THROUGHPUT,
-    "143.4 sequences/s, 55,100 tokens/s on 16 V100. The seed's README says 860 examples/sec, six times too many.")
+    CYBERTRONAI_LARGE, Machines("p3dn.24xlarge", count=2), THROUGHPUT,
+    "143.4 sequences/s, 55,100 tokens/s on 16 V100. cybertronai's README says 860 examples/sec, six times too many.")
 test_4 = Config(
-    replace(SEED_LARGE, optim=replace(LAMB, lr=LR_FOUR)), Machines("p3dn.24xlarge", count=4), THROUGHPUT,
-    "289.4 sequences/s, 111,100 tokens/s on 32 V100. The seed's README says 1736 examples/sec, six times too many.")
+    replace(CYBERTRONAI_LARGE, optim=replace(LAMB, lr=LR_FOUR)), Machines("p3dn.24xlarge", count=4), THROUGHPUT,
+    "289.4 sequences/s, 111,100 tokens/s on 32 V100. cybertronai's README says 1736 examples/sec, six times too many.")
 test_8 = Config(
-    replace(SEED_LARGE, optim=replace(LAMB, lr=LR_TEST_8_16)), Machines("p3dn.24xlarge", count=8), THROUGHPUT,
-    "505.1 sequences/s, 193,900 tokens/s on 64 V100. The seed's README says 3031 examples/sec, six times too many.")
+    replace(CYBERTRONAI_LARGE, optim=replace(LAMB, lr=LR_TEST_8_16)), Machines("p3dn.24xlarge", count=8), THROUGHPUT,
+    "505.1 sequences/s, 193,900 tokens/s on 64 V100. cybertronai's README says 3031 examples/sec, six times too many.")
 test_16 = Config(
-    replace(SEED_LARGE, optim=replace(LAMB, lr=LR_TEST_8_16)), Machines("p3dn.24xlarge", count=16), THROUGHPUT,
-    "983.7 sequences/s, 377,700 tokens/s on 128 V100. The seed's README says 5904 examples/sec, six times too many.")
+    replace(CYBERTRONAI_LARGE, optim=replace(LAMB, lr=LR_TEST_8_16)), Machines("p3dn.24xlarge", count=16), THROUGHPUT,
+    "983.7 sequences/s, 377,700 tokens/s on 128 V100. cybertronai's README says 5904 examples/sec, six times too many.")
 
 # The same recipes on A100s.
-SCALING_P4D = SCALING.replace("(seed)", "(seed's recipes on A100)")
-THROUGHPUT_P4D = THROUGHPUT.replace("(seed, which calls it 277M)", "(seed's recipes on A100)")
+SCALING_P4D = SCALING.replace("(cybertronai)", "(cybertronai's recipes on A100)")
+THROUGHPUT_P4D = THROUGHPUT.replace("(cybertronai, which calls it 277M)", "(cybertronai's recipes on A100)")
 one_gpu_p4d = Config(one_gpu.recipe, Machines("p4d.24xlarge", gpus=1), SCALING_P4D,
                      "one_gpu's recipe on one A100 of eight. Nothing was published.")
 one_machine_p4d = Config(one_machine.recipe, Machines("p4d.24xlarge"), SCALING_P4D,
@@ -295,7 +293,7 @@ TINY = Recipe(
     data=STDLIB,
     context=Context(tgt_len=32, mem_len=32),
     eval_context=Context(tgt_len=32, mem_len=32),
-    eval_streams=8,
+    eval_streams=64,
     batch=Batch(size=8),
     optim=Optim("adam", lr=.001),
     schedule=Schedule("cosine", warmup_steps=5),
@@ -304,16 +302,15 @@ TINY = Recipe(
 )
 DEMO = replace(
     TINY,
-    model=Model(n_layer=4, d_model=192, n_head=6, d_head=32, d_inner=768),
-    data=replace(STDLIB, n_token=4096),
-    context=Context(tgt_len=64, mem_len=128),
-    eval_context=Context(tgt_len=64, mem_len=128),
-    eval_streams=16,
+    model=Model(n_layer=4, d_model=128, n_head=4, d_head=32, d_inner=512, dropout=0),     # less than one epoch
+    data=replace(STDLIB, n_token=2048),
+    context=Context(tgt_len=32, mem_len=128),
+    eval_context=Context(tgt_len=32, mem_len=128),
     batch=Batch(size=16),
-    optim=Optim("adamw", lr=.002, weight_decay=.01),
-    schedule=Schedule("cosine", warmup_steps=50, eta_min=.0001),
-    stop=Stop(max_steps=600),
-    clock=Clock(log_interval=20, eval_interval=200, checkpoint_interval=200),
+    optim=Optim("adamw", lr=.003, betas=(.9, .98), weight_decay=.01),
+    schedule=Schedule("cosine", warmup_steps=100, eta_min=.00015),
+    stop=Stop(max_steps=2000),
+    clock=Clock(log_interval=50, eval_interval=1000, checkpoint_interval=500),
 )
 tiny = Config(
     TINY, Machines(LOCAL), HERE,

@@ -8,7 +8,7 @@ from engine.config import Batch
 from txl.config import Context, n_params
 
 # The tables of the ancestors, written out again.
-SEED = {                 # machines, sequences per GPU, global batch, lr, tokens per step, steps to max_tokens
+CYBERTRONAI = {          # machines, sequences per GPU, global batch, lr, tokens per step, steps to max_tokens
     "one_gpu": (1, 32, 32, .0010417, 4_096, 439_454),
     "one_machine": (1, 96, 768, .005, 98_304, 18_311),
     "two_machines": (2, 96, 1536, .010, 196_608, 9_156),
@@ -29,9 +29,9 @@ PARAMETERS = {
 
 
 @pytest.mark.parametrize("suffix", ["", "_p4d"])
-@pytest.mark.parametrize("name", SEED)
-def test_the_seeds_configs_have_its_numbers_on_both_kinds_of_machine(name, suffix):
-    machines, per_gpu, batch, lr, tokens, steps = SEED[name]
+@pytest.mark.parametrize("name", CYBERTRONAI)
+def test_cybertronais_configs_have_its_numbers_on_both_kinds_of_machine(name, suffix):
+    machines, per_gpu, batch, lr, tokens, steps = CYBERTRONAI[name]
     config = CONFIGS[name + suffix]
     ranks = config.machines.count * config.machines.gpus_per_machine
     recipe, total = config.recipe, config.recipe.batch.total(ranks)
@@ -127,7 +127,7 @@ def test_the_papers_configs_have_its_numbers(name):
     assert recipe.test_context == Context(tgt_len, mem_len, clamp_len=clamp_len, same_length=True)
 
 
-def test_the_seeds_claims_stand_beside_their_corrections():
+def test_cybertronais_claims_stand_beside_their_corrections():
     assert "24.617" in CONFIGS["one_machine"].about
     assert "21.5" in CONFIGS["one_machine"].about
     for name, claimed, true in [("test_1", 446, 74.4), ("test_2", 860, 143.4), ("test_4", 1736, 289.4),
