@@ -29,7 +29,6 @@ done
 python -m txl.data --dataset="$dataset"
 echo
 python launch.py --config="$config" --name="$run" --backend=local
-[[ -e runs/$run/status.json ]] && grep -q '"finished"' "runs/$run/status.json" || exit 0     # stopped on request
 echo
 python -m txl.evaluate --run="runs/$run"
 echo

@@ -3,7 +3,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -86,7 +88,7 @@ class _Training:
         self.ddp = world.parallel(self.model)
         self.guard = Guard(len(self.parameters), world.device)
         self.metrics = Metrics(run.folder, self.progress.step, self.progress.tokens, active=world.leads)
-        self.watch, self.timed = Stopwatch(), (0, 0)             # steps and tokens on the watch since its last lap
+        self.watch, self.timed = Stopwatch(), _Timed()
 
     def until_the_end(self) -> Outcome:
         progress, clock, stop = self.progress, self.recipe.clock, self.recipe.stop
@@ -97,7 +99,9 @@ class _Training:
         while not stop.reached(progress.step, progress.tokens):
             if requested():
                 return self._stopped()
-            self._step(next(steps))
+            with self.timed.part("load"):
+                step = next(steps)
+            self._step(step)
             # Answered one step late: asking every rank overlaps with the next step instead of waiting for it
             requested = self.world.any_later(self.run.stop_requested())
             ends = stop.reached(progress.step, progress.tokens)
@@ -126,7 +130,8 @@ class _Training:
                 with self.precision.autocast():
                     nats, self.carries[i] = self.task.loss(self.ddp, micro_batch, self.carries[i])
                 # ranks hold unequal shares and their gradients are averaged: every target weighs the same this way
-                self.scaler.scale(nats * (world.size / step.tokens)).backward()
+                with self.timed.part("backward"):
+                    self.scaler.scale(nats * (world.size / step.tokens)).backward()
             loss += nats.detach()
 
         self.scaler.unscale_(self.optimizer)
@@ -137,7 +142,8 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
 
         self.window.add(loss, norm, step.tokens)
-        self.timed = (self.timed[0] + 1, self.timed[1] + step.tokens)
+        self.timed.steps += 1
+        self.timed.tokens += step.tokens
         progress.step += 1
         progress.tokens += step.tokens
         progress.position = step.following
@@ -150,10 +156,9 @@ class _Training:
         total_nats, = world.sum(self.window.nats.item())         # waits for the device: the only place that does
         seconds = self.watch.lap()
         steps, tokens = self.window.steps, self.window.tokens
-        timed_steps, timed_tokens = self.timed
         progress.seconds += seconds
         loss, norm = total_nats / tokens, self.window.norm.item() / steps
-        rate = timed_tokens / seconds
+        rate = self.timed.tokens / seconds
         peak = peak_flops(torch.cuda.get_device_name(), self.precision.name) if world.device.type == "cuda" else None
         mfu = rate * self.task.flops_per_token / (peak * world.size) if peak else None
         self.metrics.write("train", progress.step, progress.tokens, epoch=progress.position.epoch, loss=loss,
@@ -163,9 +168,11 @@ class _Training:
         self.metrics.tags(
             progress.tokens, _loss=loss, learning__loss=loss, learning__ppl=ppl(loss), learning__lr=self.lr,
             learning__base_lr=self.peak_lr, learning__epoch=progress.position.epoch + progress.position.index
-            / progress.position.steps, learning__grad_norm=norm, times__step=1000 * seconds / timed_steps,
-            times__batches_per_sec=timed_steps / seconds,
-            times__samples_per_sec=timed_steps * self.batch_size / seconds,
+            / progress.position.steps, learning__grad_norm=norm, times__step=1000 * seconds / self.timed.steps,
+            times__load=1000 * self.timed.seconds["load"] / self.timed.steps,
+            times__backwards=1000 * self.timed.seconds["backward"] / self.timed.steps,
+            times__batches_per_sec=self.timed.steps / seconds,
+            times__samples_per_sec=self.timed.steps * self.batch_size / seconds,
             times__tokens_per_sec=rate, times__mfu=mfu, **gpu_memory(world.device))
         for name, values in getattr(self.optimizer, "norms", {}).items():
             self.metrics.histogram(f"lamb/{name}", values, progress.tokens)
@@ -174,7 +181,7 @@ class _Training:
         self.run.log.info(f"step {progress.step}/{total} | tokens {brief(progress.tokens)} | loss {loss:.3f} | "
                           f"ppl {ppl(loss):.2f} | lr {self.lr:.2e} | {brief(rate)} tok/s"
                           + (f" | mfu {mfu:.1%}" if mfu else "") + f" | eta {eta}")
-        self.window, self.timed = _Window(world.device), (0, 0)
+        self.window, self.timed = _Window(world.device), _Timed()
         self.run.status("training", progress.step)
 
         if loss > progress.lowest_loss + self.recipe.divergence_nats:
@@ -317,6 +324,20 @@ class _Window:
         window = _Window(device)
         vars(window).update({key: _to(x, device) for key, x in state.items()})
         return window
+
+
+@dataclass
+class _Timed:
+    """What the stopwatch has seen since its last lap. Seconds of parts are the host's: on a GPU, of giving orders."""
+    steps: int = 0
+    tokens: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "backward": 0.0})
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - begin
 
 
 class Guard:

@@ -7,6 +7,7 @@ import os
 import platform
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -25,7 +26,7 @@ class Run:
         self.folder, self.world = folder, world
         self.checkpoints = folder / "checkpoints"
         self.log = self._logger()
-        self._signalled, self._step = False, 0
+        self._signalled, self._step, self._began = False, 0, time.time()
 
     def status(self, state: State, step: int, message: str = "") -> None:
         """Replace status.json, which tells whoever launched the run how it is doing; by the leading rank only."""
@@ -50,10 +51,11 @@ class Run:
             signal.signal(number, note)
 
     def fail(self, error: BaseException, traceback: bool = False) -> None:
-        """Say in this rank's log what ended it. The first rank to fail is the one whose message status.json keeps."""
+        """Say in this rank's log what ended it, and in status.json unless another rank has already failed."""
         self.log.error(f"{type(error).__name__}: {error}", exc_info=error if traceback else None)
         status = self.folder / "status.json"
-        if not (status.exists() and json.loads(status.read_text())["state"] == "failed"):
+        ours = status.exists() and status.stat().st_mtime >= self._began
+        if not (ours and json.loads(status.read_text())["state"] == "failed"):
             self._write_status("failed", self._step, f"{type(error).__name__}: {error}")
 
     def stop_requested(self) -> bool:
