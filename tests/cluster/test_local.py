@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -77,7 +78,7 @@ def test_one_node_that_fails_ends_the_others(jobs):
 
 def test_a_node_that_does_not_listen_is_ended_by_force(jobs, monkeypatch):
     monkeypatch.setattr(local, "GRACE_S", 0)
-    job = jobs("import pathlib, time\nwhile not pathlib.Path('go').exists(): time.sleep(.01)\nraise SystemExit(3)", DEAF)
+    job = jobs("import os, time\nwhile not os.path.exists('go'): time.sleep(.01)\nraise SystemExit(3)", DEAF)
     until(lambda: "here" in Path("runs/x/logs/node-1.log").read_text().splitlines())
     Path("go").touch()
     assert ended(job) == (3, -signal.SIGKILL)
@@ -110,18 +111,14 @@ def test_a_run_that_is_going_on_is_not_started_again(jobs):
     assert ended(jobs(ENDS)) == (0,)
 
 
-def test_a_run_outlives_its_launcher_and_stays_locked(jobs, tmp_path):
-    pid = os.fork()
-    if not pid:                                                                   # a launcher that vanishes
-        try:
-            local.apply(plan_of(SLEEPS))
-        finally:
-            os._exit(0)
-    os.waitpid(pid, 0)
+def test_a_run_outlives_its_launcher_and_stays_locked(jobs):
+    launcher = ("import os; from cluster import local; from tests.cluster.test_local import SLEEPS, plan_of; "
+                "local.apply(plan_of(SLEEPS)); os._exit(9)")
+    subprocess.run([sys.executable, "-c", launcher], env=os.environ | {"PYTHONPATH": str(local.CHECKOUT)}, check=False)
     agent = int(Path("runs/x/lock").read_text().split()[1].rstrip(","))
     try:
         assert alive(agent)
-        with pytest.raises(Refused, match=f"started by {pid}"):
+        with pytest.raises(Refused, match=f"runs/x is running: torchrun {agent}"):
             jobs(ENDS)
     finally:
         os.kill(agent, signal.SIGKILL)

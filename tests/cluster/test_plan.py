@@ -18,13 +18,14 @@ RUN = Path("runs/x")
 
 
 def test_a_plan_is_this_text():
-    config = override(CONFIGS["two_machines"], "recipe.precision=bf16", "recipe.batch.micro_size=40")
+    config = override(CONFIGS["two_machines"], "about=It stands for nothing.", "recipe.precision=bf16",
+                      "recipe.batch.micro_size=40")
     plan = Plan("trial", "two_machines", config, "local", lay_out(config, Path("runs/trial"), LAPTOP),
                 ("recipe.precision=bf16", "recipe.batch.micro_size=40"), "python launch.py --config=two_machines",
                 Standing("unfinished", 300, changes=("clock.log_interval: 10 -> 5",)))
     assert str(plan) == """\
 run       runs/trial: goes on from step 300, now with clock.log_interval: 10 -> 5
-config    two_machines: The last step of linear scaling, lr .010 (seed's launch.py). No result was published.
+config    two_machines: It stands for nothing.
 set       recipe.precision=bf16
 set       recipe.batch.micro_size=40
 machines  this machine: 2 nodes, each with 1 rank on its processor (--backend=local)
@@ -35,12 +36,12 @@ lr        lamb, peak 0.00125
 length    73,243 steps of 24,576 tokens: 1,800,019,968 to the end
 setup     none: /env/python as it is
 note      2 ranks instead of 16: a smaller batch, and with it another curve.
-node 0    127.0.0.1: OMP_NUM_THREADS=2 GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES='' /env/python \
--m torch.distributed.run --nnodes=2 --nproc-per-node=1 --node-rank=0 --master-addr=127.0.0.1 --master-port=6000 \
--m txl.train runs/trial/recipe.json
-node 1    127.0.0.1: OMP_NUM_THREADS=2 GLOO_SOCKET_IFNAME=lo CUDA_VISIBLE_DEVICES='' /env/python \
--m torch.distributed.run --nnodes=2 --nproc-per-node=1 --node-rank=1 --master-addr=127.0.0.1 --master-port=6000 \
--m txl.train runs/trial/recipe.json"""
+node 0    127.0.0.1: OMP_NUM_THREADS=2 GLOO_SOCKET_IFNAME=lo GOMP_SPINCOUNT=10000 CUDA_VISIBLE_DEVICES='' \
+/env/python -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --node-rank=0 --master-addr=127.0.0.1 \
+--master-port=6000 -m txl.train runs/trial/recipe.json
+node 1    127.0.0.1: OMP_NUM_THREADS=2 GLOO_SOCKET_IFNAME=lo GOMP_SPINCOUNT=10000 CUDA_VISIBLE_DEVICES='' \
+/env/python -m torch.distributed.run --nnodes=2 --nproc-per-node=1 --node-rank=1 --master-addr=127.0.0.1 \
+--master-port=6000 -m txl.train runs/trial/recipe.json"""
 
 
 def test_a_node_is_this_value():

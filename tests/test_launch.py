@@ -1,0 +1,264 @@
+"""The front door: what it refuses, what it prints, and `tiny` all the way through it."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import launch
+from cluster.local import ranks_of
+from configs import CONFIGS
+
+CHECKOUT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def empty(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def launched(*argv: str) -> int | None:
+    """The exit status of launch.py."""
+    try:
+        return launch.main(list(argv))
+    except SystemExit as ended:
+        return ended.code
+
+
+@pytest.mark.parametrize(("argv", "message"), [
+    (["--confg=tiny"], "There is no flag --confg. Did you mean '--config'?"),
+    (["--config=tiny", "--dryrun"], "There is no flag --dryrun. Did you mean '--dry_run'?"),
+    (["--config=tinny"], "There is no config 'tinny'. Did you mean 'tiny'?"),
+    (["--config=one_machin_p4d"], "Did you mean 'one_machine_p4d'?"),
+    (["--config=zzz"], "There is no config 'zzz'."),
+    ([], "--config is missing"),
+    (["--config=tiny", "now"], "What is 'now' for?"),
+    (["--config=tiny", "--config=tiny"], "--config is given twice"),
+    (["--config=tiny", "--name"], "--name needs a value"),
+    (["--config=tiny", "--machines=two"], "--machines takes a whole number"),
+    (["--config=tiny", "--machines=0"], "machines.count=0: a cluster has at least 1 machine, not 0"),
+    (["--config=tiny", "--machines=9"], "leaves some of the 9 ranks without a sequence"),
+    (["--config=tiny", "--machines=2", "--set=machines.count=3"], "set the same thing"),
+    (["--config=tiny", "--set", "recipe.optim.lr"], "is not an assignment"),
+    (["--config=tiny", "--set", "recipe.optm.lr=1"], "Recipe has no field 'optm'. Did you mean 'optim'?"),
+    (["--config=tiny", "--set", "recipe.optim.lr=fast"], "recipe.optim.lr takes a number or LinearLr, not 'fast'"),
+    (["--config=tiny", "--set", "recipe.stop.max_steps=0"], "must be at least 1"),
+    (["--config=tiny", "--name=../up"], "'../up' cannot be a run's name"),
+    (["--config=tiny", "--name=.."], "'..' cannot be a run's name"),
+    (["--config=tiny", "--name=a b"], "cannot be a run's name"),
+    (["--config=tiny", "--name=$(reboot)"], "cannot be a run's name"),
+    (["--config=tiny", "--name=größer"], "cannot be a run's name"),
+    (["--config=tiny", "--name=a\n"], "cannot be a run's name"),
+    (["--config=tiny", f"--name={'a' * 64}"], "cannot be a run's name"),
+    (["--config=tiny", "--backend=slurn"], "There is no backend 'slurn'; there is: local."),
+    (["--config=test_2"], "There is no backend 'aws'; there is: local. On this machine:\n"
+                          "  python launch.py --config=test_2 --backend=local"),
+    (["--config=tiny", "--instance_type=c5.xlarge", "--machines=2"], "python launch.py --config=tiny --machines=2 "
+                                                                     "--instance_type=c5.xlarge --backend=local"),
+    (["--config=tiny", "--checkpoint=runs/gone"], "There is no checkpoint runs/gone"),
+])
+@pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
+def test_misuse_ends_with_status_2_before_anything_is_made(argv, message, dry_run, empty, capsys, monkeypatch):
+    monkeypatch.setattr(launch, "__file__", str(empty / "launch.py"))
+    assert launched(*dry_run, *argv) == 2
+    out, err = capsys.readouterr()
+    assert message in err
+    assert out == ""
+    assert list(empty.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_can_be_planned_here_and_a_dry_run_makes_nothing(name, empty, capsys):
+    assert launched(f"--config={name}", "--backend=local", "--dry_run") == 0
+    assert f"run       runs/{name}: new" in capsys.readouterr().out
+    assert list(empty.iterdir()) == []
+
+
+def test_what_flags_change_in_a_config_is_echoed_as_overrides(empty, capsys):
+    (empty / "old").mkdir()
+    assert launched("--config=one_machine", "--backend=local", "--dry_run", "--name=mine", "--machines=3", "--nospot",
+                    "--instance_type=p4d.24xlarge", "--checkpoint=old", "--set=recipe.seed=7", "--skip_setup") == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^set +(.*)$", out, re.MULTILINE) == [
+        "machines.count=3", "machines.kind=p4d.24xlarge", "machines.spot=false", "recipe.init_from=old",
+        "recipe.seed=7"]
+    assert "3 nodes" in out
+    assert "3 x p4d.24xlarge: $65.87 per hour" in out
+    assert "runs/mine/recipe.json" in out
+
+
+def test_an_unheard_of_instance_type_is_a_note_not_an_error(empty, capsys):
+    assert launched("--config=tiny", "--backend=local", "--dry_run", "--instance_type=c5.xlarge") == 0
+    assert "c5.xlarge is not in the table" in capsys.readouterr().out
+
+
+def test_the_command_to_copy_leads_to_the_same_plan(empty):
+    argv = ["--dry-run", "--set", "recipe.seed=7", "--config", "tiny", "--set=recipe.data.dir=my data", "--nospot"]
+    command = launch.command_of(launch.parse(launch.Flags, argv, prog="", about=""))
+    assert command.endswith("launch.py --config=tiny --nospot --set=recipe.seed=7 '--set=recipe.data.dir=my data'")
+
+
+def test_help_lists_every_config_with_machines_gpus_model_and_price(capsys):
+    assert launched("--help") == 0
+    out = capsys.readouterr().out
+    assert set(CONFIGS) <= set(re.findall(r"^  (\w+) ", out, re.MULTILINE))
+    assert set(re.findall(r"^  --(\w+)", out, re.MULTILINE)) == {
+        "config", "name", "nospot", "skip_setup", "launch_tensorboard", "machines", "instance_type", "checkpoint",
+        "dry_run", "backend", "set"}
+    assert re.search(r"^  test_16 +16 x p3dn.24xlarge +128 GPUs +297.1M parameters +\$499.39/h$", out, re.MULTILINE)
+    assert re.search(r"^  tiny +this machine +0.1M parameters", out, re.MULTILINE)
+
+
+WITHOUT = "import sys; sys.modules.update(dict.fromkeys({}.split())); import launch; sys.exit(launch.main({}))"
+
+
+@pytest.mark.parametrize(("missing", "argv"), [
+    ("torch numpy tokenizers tensorboard", ["--config=test_2", "--backend=local", "--dry_run"]),
+    ("torch numpy tokenizers tensorboard fire boto3 ray", ["--help"]),
+])
+def test_a_laptop_needs_no_torch(missing, argv, empty):
+    done = subprocess.run([sys.executable, "-c", WITHOUT.format(repr(missing), argv)], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "test_2" in done.stdout
+
+
+def test_help_comes_at_once(empty):
+    def seconds() -> float:
+        began = time.monotonic()
+        subprocess.run([sys.executable, CHECKOUT / "launch.py", "--help"], capture_output=True, check=True)
+        return time.monotonic() - began
+    assert min(seconds() for _ in range(5)) < .3
+
+
+# --- all the way ---------------------------------------------------------------------------------------------------
+
+# Wide evaluation is fast, and 150 steps leave time to interfere after the first checkpoint, at step 20.
+OPTIONS = ["--config=tiny", "--set=recipe.eval_streams=64", "--set=recipe.stop.max_steps=150",
+           "--set=recipe.clock.eval_interval=75"]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with the prepared data and the run `straight`, which nothing disturbed."""
+    folder = tmp_path_factory.mktemp("front-door")
+    done = launcher(folder, "--name=straight", *OPTIONS)
+    out, _ = done.communicate(timeout=120)
+    assert done.returncode == 0, out
+    return folder
+
+
+def launcher(folder: Path, *argv: str, cores: int | None = 1) -> subprocess.Popen:
+    """launch.py on one core, where no thread waits for another: as fast as on two, and on a busy machine faster."""
+    one_core = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))] if cores and shutil.which("taskset") else []
+    return subprocess.Popen([*one_core, sys.executable, CHECKOUT / "launch.py", *argv], cwd=folder, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def wait_for(path: Path, process: subprocess.Popen) -> None:
+    while not path.exists():
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(.01)
+
+
+def perplexity(folder: Path, name: str) -> float:
+    status = json.loads((folder / "runs" / name / "status.json").read_text())
+    assert status["state"] == "finished"
+    assert status["step"] == 150
+    return float(re.search(r"test ppl ([\d.]+)", status["message"]).group(1))
+
+
+def test_tiny_trains_evaluates_and_leaves_a_run_that_explains_itself(here):
+    run = here / "runs" / "straight"
+    assert perplexity(here, "straight") < 400                                     # of 1,024 tokens, from 1,024 at first
+    assert json.loads((run / "recipe.json").read_text())["stop"] == {"max_steps": 150, "max_tokens": None}
+    assert "recipe.eval_streams=64" in (run / "command.txt").read_text()
+    assert (run / "plan.txt").read_text().startswith("run       runs/straight: new\n")
+    assert {path.name for path in run.iterdir()} >= {
+        "recipe.json", "plan.txt", "command.txt", "commit.txt", "machine.json", "metrics.jsonl", "status.json",
+        "checkpoints", "logs", "tensorboard"}
+
+
+def test_the_same_command_again_says_that_the_run_is_finished(here):
+    again = launcher(here, "--name=straight", *OPTIONS)
+    out, _ = again.communicate(timeout=60)
+    assert again.returncode == 0
+    assert "Nothing to do: runs/straight is finished" in out
+
+
+def test_another_recipe_under_that_name_is_refused(here):
+    other = launcher(here, "--name=straight", "--config=tiny")
+    out, _ = other.communicate(timeout=60)
+    assert other.returncode == 2
+    assert "stop.max_steps: 150 -> 60" in out
+
+
+@pytest.mark.slow
+def test_killed_and_stopped_and_resumed_it_ends_where_the_undisturbed_one_did(here):
+    run = here / "runs" / "disturbed"
+    first = launcher(here, "--name=disturbed", *OPTIONS)
+    wait_for(run / "checkpoints" / "step-00000020", first)
+    agent = int((run / "lock").read_text().split()[1].rstrip(","))
+    for pid in (first.pid, agent, *ranks_in(here, "disturbed")):                  # the power fails
+        os.kill(pid, signal.SIGKILL)
+    first.communicate(timeout=60)
+
+    log = run / "logs" / "rank-0.log"
+    before = len(log.read_text())
+    second = launcher(here, "--name=disturbed", *OPTIONS)
+    while "resuming" not in log.read_text()[before:]:
+        assert second.poll() is None, second.stdout.read()
+        time.sleep(.01)
+    second.send_signal(signal.SIGINT)
+    out, _ = second.communicate(timeout=60)
+    assert second.returncode == 130
+    assert re.search(r"goes on from step [24681]\d*0", out)
+    assert "Stopping at the next step, with a checkpoint. Ctrl-C again kills." in out
+    stopped = re.search(r"Stopped at step (\d+) of 150. Go on with:  python .*launch.py --config=tiny --name=disturbed "
+                        + re.escape(" ".join(OPTIONS[1:])), out)
+    assert 20 <= int(stopped.group(1)) < 150
+
+    third = launcher(here, "--name=disturbed", *OPTIONS)
+    out, _ = third.communicate(timeout=120)
+    assert third.returncode == 0, out
+    assert f"goes on from step {stopped.group(1)}" in out
+    assert perplexity(here, "disturbed") == perplexity(here, "straight")
+
+
+@pytest.mark.slow
+def test_two_machines_are_two_nodes_that_train_together(here):
+    both = launcher(here, "--name=both", "--machines=2", *OPTIONS, cores=None)
+    out, _ = both.communicate(timeout=180)
+    assert both.returncode == 0, out
+    run = here / "runs" / "both"
+    assert {log.name for log in (run / "logs").iterdir()} == {"node-0.log", "node-1.log", "rank-0.log", "rank-1.log"}
+    assert json.loads((run / "machine.json").read_text())["ranks"] == 2
+    assert perplexity(here, "both") == pytest.approx(perplexity(here, "straight"), rel=.01)
+
+
+def test_a_training_that_fails_says_why_and_how_to_go_on(here):
+    failing = launcher(here, "--name=failing", "--config=tiny", "--set=recipe.data.dataset=text",
+                       "--set=recipe.data.dir=data/nowhere")
+    out, _ = failing.communicate(timeout=60)
+    assert failing.returncode == 1
+    assert "Rank 0 failed first: it ended with status 1." in out
+    assert "data/nowhere" in out.partition("Rank 0 failed first")[0].partition("node 0")[2]
+    assert "There is no checkpoint yet. Once it is mended, go on with:  python " in out
+
+
+def ranks_in(folder: Path, name: str) -> list[int]:
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        return ranks_of(Path("runs", name))
+    finally:
+        os.chdir(before)
