@@ -187,12 +187,13 @@ class _Training:
         if loss > progress.lowest_loss + self.recipe.divergence_nats:
             raise Diverged(f"The training loss rose to {loss:.3f} at step {progress.step}, "
                            f"{loss - progress.lowest_loss:.2f} nats above its lowest. {self._good_checkpoint()} "
-                           f"Lower the learning rate (--set recipe.optim.lr=…) or warm up longer; "
-                           f"recipe.divergence_nats sets how far is too far.")
+                           f"Start a new run (--name=NEW) with a lower learning rate (--set recipe.optim.lr=…) or a "
+                           f"longer warm-up; recipe.divergence_nats sets how far is too far.")
         progress.lowest_loss = min(progress.lowest_loss, loss)
         if self.precision.scaled and self.scaler.get_scale() < 2.0 ** -10:
             raise Diverged(f"The gradient overflows fp16 at every step up to {progress.step}, whatever the loss scale. "
-                           f"{self._good_checkpoint()} Use --set recipe.precision=bf16 or fp32.")
+                           f"{self._good_checkpoint()} Start a new run (--name=NEW) with "
+                           f"--set recipe.precision=bf16 or fp32.")
 
     def _validate(self) -> None:
         """Evaluate; then save, since these are the weights that the loss is of."""
@@ -368,8 +369,9 @@ class Guard:
         wrong = [name for name, norm in zip(names, self.norms.tolist()) if norm != norm or norm == float("inf")]
         tensors = f"the gradient of {wrong[0]} (and of {len(wrong) - 1} more tensors)" if wrong else "no gradient"
         raise Diverged(f"At step {step} the loss of rank {world.rank} was {self.loss.item():.4g}, and {tensors} was "
-                       f"not finite. {good_checkpoint()} Lower the learning rate (--set recipe.optim.lr=…), warm up "
-                       f"longer, or use another precision, and run the same command again.")
+                       f"not finite. {good_checkpoint()} Start a new run (--name=NEW) with a lower learning rate "
+                       f"(--set recipe.optim.lr=…), a longer warm-up or another precision; "
+                       f"--checkpoint=RUN takes the weights of this one along.")
 
 
 def load_weights(model: nn.Module, source: checkpoint.Checkpoint) -> None:

@@ -53,7 +53,7 @@ class World:
         if self.size == 1:
             return model
         return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                       broadcast_buffers=False, gradient_as_bucket_view=True)
+                                       gradient_as_bucket_view=True)
 
     def accumulating(self, model: nn.Module, more: bool) -> contextlib.AbstractContextManager:
         """Around a micro-batch: with `more` to come, gradients stay on their rank."""

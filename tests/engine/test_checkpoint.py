@@ -75,7 +75,7 @@ def test_loading_executes_nothing(tmp_path):
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/executed",)
     path = save(tmp_path, 2).path / "model.pt"
-    path.write_bytes(pickle.dumps(Evil()))
+    path.write_bytes(pickle.dumps(Evil(), protocol=2))
     meta = path.parent / "meta.json"
     meta.write_text(json.dumps(json.loads(meta.read_text()) | {"files": {"model.pt": path.stat().st_size}}))
     with pytest.raises(CheckpointError):
