@@ -295,7 +295,7 @@ TINY = Recipe(
     eval_context=Context(tgt_len=32, mem_len=32),
     eval_streams=64,
     batch=Batch(size=8),
-    optim=Optim("adam", lr=.001),
+    optim=Optim("adam", lr=.004),
     schedule=Schedule("cosine", warmup_steps=5),
     stop=Stop(max_steps=60),
     clock=Clock(log_interval=10, eval_interval=30, checkpoint_interval=20),

@@ -13,9 +13,11 @@ source environment.sh
 gpu=$(python -c 'import torch; print(int(torch.cuda.is_available()))')
 if [[ -e data/wikitext-103/train.txt || -e data/wikitext-103/wiki.train.tokens ]]; then
     dataset=wt103
+    prompt="The"
     config=$([[ $gpu == 1 ]] && echo one_gpu || echo demo_wt103)
 else
     dataset=stdlib
+    prompt="def main(args"
     config=demo
     echo "No data/wikitext-103, so this trains on the source code of Python's standard library."
 fi
@@ -33,7 +35,7 @@ echo
 python -m txl.evaluate --run="runs/$run"
 echo
 echo "A sample:"
-python -m txl.generate --run="runs/$run" --length=150
+python -m txl.generate --run="runs/$run" --length=150 --temperature=0.6 --prompt="$prompt"
 
 cat <<END
 

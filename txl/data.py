@@ -110,12 +110,12 @@ class Flags:
     dataset: Literal[Dataset, "gpt2"] = flag("which text; gpt2: GPT-2's byte pairs")
     dir: str | None = flag("its folder, rather than the usual one under data/", default=None)
     vocab: Literal["word", "byte", "bpe"] | None = flag("rather than the usual one", default=None)
-    n_token: int | None = flag("vocabulary size: made for bpe, 4096 unless given; checked for others", default=None)
+    n_token: int | None = flag("vocabulary size: made for bpe, 2048 unless given; checked for others", default=None)
 
 
 def _usual(flags: Flags, folder: Path) -> Data:
     vocab = flags.vocab or {"enwik8": "byte", "text8": "byte", "stdlib": "bpe"}.get(flags.dataset, "word")
-    n_token = 4096 if flags.n_token is None and vocab == "bpe" else flags.n_token
+    n_token = 2048 if flags.n_token is None and vocab == "bpe" else flags.n_token
     return from_json(Data, {"dataset": flags.dataset, "dir": str(folder), "vocab": vocab, "n_token": n_token})
 
 

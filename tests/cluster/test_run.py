@@ -64,7 +64,7 @@ def test_another_recipe_of_that_name_is_refused_with_the_differences(run_dir):
     with pytest.raises(Refused) as refused:
         standing(run_dir, changed("recipe.optim.lr=.02", "recipe.seed=5", "recipe.clock.log_interval=1"))
     assert str(refused.value) == (f"{run_dir} is another run, with another recipe (theirs -> yours):\n"
-                                  f"  optim.lr: 0.001 -> 0.02\n  seed: 1111 -> 5\n"
+                                  f"  optim.lr: 0.004 -> 0.02\n  seed: 1111 -> 5\n"
                                   f"Choose another --name, or remove {run_dir}")
 
 
