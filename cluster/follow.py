@@ -71,8 +71,8 @@ class Follower:
         if not any(statuses) and status.get("state") == "stopped":
             self.screen.say(f"Stopped at step {status['step']} of {self.plan.steps}. {go_on}")
             return STOPPED
-        step = run.newest_checkpoint(run_dir)
-        kept = f"The last checkpoint is of step {step}." if step is not None else "There is no checkpoint yet."
+        newest = run.newest_checkpoint(run_dir)
+        kept = f"The last checkpoint is of step {newest['step']}." if newest else "There is no checkpoint yet."
         if self._interrupts:
             self.screen.say(f"{'Killed' if self._interrupts > 1 else 'Ended'}. {kept} {go_on}")
             return STOPPED

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.complete import intact
 from engine.config import Recipe
 from engine.values import BadValue, differences, from_json, to_json
 
@@ -27,6 +28,7 @@ class Standing:
     """How far a run is: not begun, going to resume, or finished."""
     state: Literal["new", "unfinished", "finished"] = "new"
     step: int | None = None                       # of the newest checkpoint; None: there is none
+    ranks: int | None = None                      # that wrote it
     message: str = ""                             # the trainer's last word
     changes: tuple[str, ...] = ()                 # in what does not move the curve
 
@@ -48,7 +50,7 @@ def standing(run_dir: Path, recipe: Recipe) -> Standing:
         old = from_json(type(recipe), json.loads((run_dir / "recipe.json").read_text()))
     except FileNotFoundError:
         return Standing()
-    except (BadValue, json.JSONDecodeError) as error:
+    except (BadValue, json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise Refused(f"{run_dir}/recipe.json is not a recipe that this version reads: {error}\n"
                       f"Choose another --name, or remove {run_dir}") from error
     changes = tuple(differences(old, recipe))
@@ -57,22 +59,23 @@ def standing(run_dir: Path, recipe: Recipe) -> Standing:
                       + f"\nChoose another --name, or remove {run_dir}")
     status = read_status(run_dir)
     if status.get("state") == "finished":
-        return Standing("finished", status["step"], status["message"])
-    return Standing("unfinished", newest_checkpoint(run_dir), changes=changes)
+        return Standing("finished", status.get("step"), message=status.get("message", ""))
+    newest = newest_checkpoint(run_dir) or {}
+    return Standing("unfinished", newest.get("step"), newest.get("ranks"), changes=changes)
 
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """status.json: state, step, message; {} where there is none."""
     try:
         return json.loads((run_dir / "status.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError):
         return {}
 
 
-def newest_checkpoint(run_dir: Path) -> int | None:
-    """Its step. A checkpoint's folder gets its name when it is whole."""
-    return max((int(meta.parent.name.removeprefix("step-")) for meta in run_dir.glob("checkpoints/step-*/meta.json")),
-               default=None)
+def newest_checkpoint(run_dir: Path) -> dict[str, Any] | None:
+    """meta.json (step, ranks, ...) of the checkpoint that the trainer goes on from."""
+    checkpoints = sorted(run_dir.glob("checkpoints/step-*"), reverse=True)
+    return next((meta for path in checkpoints if (meta := intact(path))), None)
 
 
 def record(run_dir: Path, recipe: Recipe, plan: str, command: str, overrides: tuple[str, ...], checkout: Path) -> None:

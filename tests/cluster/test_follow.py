@@ -67,7 +67,7 @@ def checkpoint(step: int):
     def make() -> None:
         folder = Path(f"runs/x/checkpoints/step-{step:08d}")
         folder.mkdir(parents=True)
-        (folder / "meta.json").write_text("{}")
+        (folder / "meta.json").write_text(json.dumps({"step": step, "ranks": 2, "valid_loss": None, "files": {}}))
     return make
 
 

@@ -46,13 +46,24 @@ def test_a_name_is_new_until_a_recipe_has_it(tmp_path):
     assert standing(tmp_path / "nothing", tiny.recipe) == Standing("new")
 
 
+def checkpoint(folder: Path, step: int, ranks: int = 1, size: int = 3) -> None:
+    """A checkpoint of one file of 3 bytes, of which `size` are there."""
+    folder.mkdir(parents=True)
+    (folder / "model.pt").write_bytes(b"123"[:size])
+    (folder / "meta.json").write_text(json.dumps({"step": step, "ranks": ranks, "valid_loss": None,
+                                                  "files": {"model.pt": 3}}))
+
+
 def test_the_same_recipe_goes_on_from_the_newest_whole_checkpoint(run_dir):
     assert str(standing(run_dir, tiny.recipe)) == "starts again, it left no checkpoint"
-    for folder in ["step-00000020", "step-00000040", ".step-00000060.partial"]:
-        (run_dir / "checkpoints" / folder).mkdir(parents=True)
-        (run_dir / "checkpoints" / folder / "meta.json").write_text("{}")
-    (run_dir / "checkpoints" / "step-00000060").mkdir()                           # without meta.json
-    assert newest_checkpoint(run_dir) == 40
+    folders = run_dir / "checkpoints"
+    checkpoint(folders / "step-00000020", 20)
+    checkpoint(folders / "step-00000040", 40, ranks=2)
+    checkpoint(folders / "step-00000060", 60, size=2)                              # truncated
+    checkpoint(folders / ".step-00000080.partial", 80)
+    (folders / "step-00000080").mkdir()                                            # without meta.json
+    assert newest_checkpoint(run_dir)["step"] == 40
+    assert standing(run_dir, tiny.recipe) == Standing("unfinished", 40, ranks=2)
     assert str(standing(run_dir, tiny.recipe)) == "goes on from step 40"
 
 
@@ -76,6 +87,14 @@ def test_a_finished_run_says_what_it_reached(run_dir):
 @pytest.mark.parametrize("text", ["", "{", "{}", '{"batch": 3}'])
 def test_a_spoilt_recipe_is_refused(run_dir, text):
     (run_dir / "recipe.json").write_text(text)
+    with pytest.raises(Refused, match="is not a recipe that this version reads"):
+        standing(run_dir, tiny.recipe)
+
+
+@pytest.mark.parametrize("spoil", [lambda path: path.write_bytes(b"\xff{}"), lambda path: path.mkdir()])
+def test_what_is_not_a_text_is_no_recipe_either(run_dir, spoil):
+    (run_dir / "recipe.json").unlink()
+    spoil(run_dir / "recipe.json")
     with pytest.raises(Refused, match="is not a recipe that this version reads"):
         standing(run_dir, tiny.recipe)
 
