@@ -28,42 +28,61 @@ class Checkpoint:
     step: int
     ranks: int
     valid_loss: float | None                      # of exactly these weights; None: not evaluated
+    vocabulary: str                               # hash of what the token ids mean to these weights
 
     def shared(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         return _load(self.path / "model.pt", device)
+
+    def check_vocabulary(self, vocabulary: str) -> None:
+        """Raises CheckpointError where the ids of today's tokens are not those the weights were trained on."""
+        if vocabulary != self.vocabulary:
+            raise CheckpointError(f"{self.path} was trained on another vocabulary: the text or its options have "
+                                  f"changed since. Bring the text back, or start a new run (--name=NEW)")
 
     def of_rank(self, rank: int) -> dict[str, Any]:
         return _load(self.path / f"rank-{rank}.pt", "cpu")
 
 
 def save(world: World, folder: Path, step: int, shared: dict[str, Any], own: dict[str, Any], meta: dict[str, Any],
-         keep: int) -> Checkpoint:
-    """Write one checkpoint; collective, every rank its own part. Then remove all but the `keep` newest and the best."""
+         keep: int) -> None:
+    """Write one checkpoint; collective, every rank its own part. Then remove all but the `keep` newest and the best.
+
+    Where a rank cannot write, all of them raise CheckpointError, and the checkpoints that were there stay.
+    """
     final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
-    error = None
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
+
+    def prepare() -> None:
+        if world.leads:
+            shutil.rmtree(partial, ignore_errors=True)           # of a start that was killed while it wrote
+            partial.mkdir(parents=True)
+
+    def write() -> None:
         _write(partial / f"rank-{world.rank}.pt", own)
         if world.leads:
             _write(partial / "model.pt", shared)
-    except OSError as caught:
-        error = caught
-    failed, = world.sum(float(error is not None))
-    if failed:                                     # all ranks learn of it, and none waits for the others for ever
+
+    def publish() -> None:
         if world.leads:
-            shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointError(f"The checkpoint of step {step} could not be written to {folder}: "
-                              f"{error or f'{int(failed)} other rank(s) failed, see their logs'}. Earlier checkpoints "
-                              f"are untouched. Make room and run the same command again") from error
-    if world.leads:
-        sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-        _write_text(partial / "meta.json", json.dumps({"step": step, "ranks": world.size, "files": sizes} | meta))
-        shutil.rmtree(final, ignore_errors=True)   # the same step again, after a resume: same content
-        partial.rename(final)
-        _sync(folder)
-        _prune(folder, keep)
-    world.barrier()
-    return read(final)
+            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+            _write_text(partial / "meta.json", json.dumps({"step": step, "ranks": world.size, "files": sizes} | meta))
+            shutil.rmtree(final, ignore_errors=True)             # only a damaged one: from a whole one we had resumed
+            partial.rename(final)
+            _sync(folder)
+            _prune(folder, keep)
+
+    for action in (prepare, write, publish):
+        error = None
+        try:
+            action()
+        except OSError as caught:
+            error = caught
+        failed, = world.sum(float(error is not None))            # all ranks learn of it, and none waits for ever
+        if failed:
+            if world.leads:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(f"The checkpoint of step {step} could not be written to {folder}: "
+                                  f"{error or f'{int(failed)} other rank(s) failed, see their logs'}. Earlier "
+                                  f"checkpoints are untouched. Make room and run the same command again") from error
 
 
 def complete(folder: Path) -> list[Checkpoint]:
@@ -102,7 +121,7 @@ def _intact(path: Path) -> Checkpoint | None:
         meta = json.loads((path / "meta.json").read_text())
         if any((path / name).stat().st_size != size for name, size in meta["files"].items()):
             return None
-        return Checkpoint(path, meta["step"], meta["ranks"], meta["valid_loss"])
+        return Checkpoint(path, *(meta[key] for key in ("step", "ranks", "valid_loss", "vocabulary")))
     except (OSError, ValueError, KeyError):
         return None
 

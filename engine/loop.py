@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -72,12 +73,10 @@ class _Training:
         self.precision = precision_for(recipe.precision, world.device)
         self.batch_size = recipe.batch.total(world.size)
         self.peak_lr = recipe.optim.peak_lr(self.batch_size)
-        self.progress, self.carries = Progress(), []
+        self.progress, self.carries, self.saved_step = Progress(), [], -1
 
         torch.manual_seed(recipe.seed)             # the same initial weights on every rank
         self.model = task.build().to(world.device)
-        if recipe.init_from:
-            load_weights(self.model, checkpoint.find(Path(recipe.init_from)))
         self.names, self.parameters = zip(*self.model.named_parameters())
         self.optimizer = optim.build(self.model.named_parameters(), recipe.optim, self.peak_lr)
         self.scaler = self.precision.scaler()
@@ -149,34 +148,49 @@ class _Training:
         progress.position = step.following
         self.lr = lr
 
+    def _window_loss(self) -> float:
+        """The training loss since the last log. Waits for the device, and is the only place of training that does.
+
+        Collective. Raises Diverged where a loss or gradient was not finite, and where the loss has run away.
+        """
+        progress = self.progress
+        self.guard.check(self.world, self.names, self._good_checkpoint)
+        nats, = self.world.sum(self.window.nats.item())
+        loss = nats / max(1, self.window.tokens)
+        if loss > progress.lowest_loss + self.recipe.divergence_nats:
+            raise Diverged(f"The training loss rose to {loss:.3f} at step {progress.step}, "
+                           f"{loss - progress.lowest_loss:.2f} nats above its lowest. {self._good_checkpoint()} "
+                           f"Start a new run (--name=NEW) with a lower learning rate (--set recipe.optim.lr=…) or a "
+                           f"longer warm-up; recipe.divergence_nats sets how far is too far.")
+        return loss
+
     def _log(self) -> None:
-        """The window since the last log, as one line, one record and TensorBoard's tags; and the divergence check."""
-        progress, world = self.progress, self.world
-        self.guard.check(world, self.names, self._good_checkpoint)
-        total_nats, = world.sum(self.window.nats.item())         # waits for the device: the only place that does
+        """The window since the last log: a line, a record, TensorBoard's tags."""
+        progress, world, window, timed = self.progress, self.world, self.window, self.timed
+        loss = self._window_loss()
         seconds = self.watch.lap()
-        steps, tokens = self.window.steps, self.window.tokens
         progress.seconds += seconds
-        loss, norm = total_nats / tokens, self.window.norm.item() / steps
-        rate = self.timed.tokens / seconds
+        rate, norm = timed.tokens / seconds, window.mean_norm()
         peak = peak_flops(torch.cuda.get_device_name(), self.precision.name) if world.device.type == "cuda" else None
         mfu = rate * self.task.flops_per_token / (peak * world.size) if peak else None
+        memory = gpu_memory(world.device)
         self.metrics.write("train", progress.step, progress.tokens, epoch=progress.position.epoch, loss=loss,
                            ppl=ppl(loss), lr=self.lr, grad_norm=norm, tokens_per_s=rate, mfu=mfu,
-                           seconds=progress.seconds,
-                           loss_scale=self.scaler.get_scale() if self.precision.scaled else None)
+                           seconds=progress.seconds, step_ms=1000 * seconds / timed.steps,
+                           loss_scale=self.scaler.get_scale() if self.precision.scaled else None, **memory)
         self.metrics.tags(
             progress.tokens, _loss=loss, learning__loss=loss, learning__ppl=ppl(loss), learning__lr=self.lr,
             learning__base_lr=self.peak_lr, learning__epoch=progress.position.epoch + progress.position.index
-            / progress.position.steps, learning__grad_norm=norm, times__step=1000 * seconds / self.timed.steps,
-            times__load=1000 * self.timed.seconds["load"] / self.timed.steps,
-            times__backwards=1000 * self.timed.seconds["backward"] / self.timed.steps,
-            times__batches_per_sec=self.timed.steps / seconds,
-            times__samples_per_sec=self.timed.steps * self.batch_size / seconds,
-            times__tokens_per_sec=rate, times__mfu=mfu, **gpu_memory(world.device))
+            / progress.position.steps, learning__grad_norm=norm, times__step=1000 * seconds / timed.steps,
+            times__load=1000 * timed.seconds["load"] / timed.steps,
+            times__backwards=1000 * timed.seconds["backward"] / timed.steps,
+            times__batches_per_sec=timed.steps / seconds,
+            times__samples_per_sec=timed.steps * self.batch_size / seconds / world.size,      # of one GPU, as there
+            times__tokens_per_sec=rate / world.size, times__mfu=mfu,
+            **{f"memory__{name}": x for name, x in memory.items()})
         for name, values in getattr(self.optimizer, "norms", {}).items():
             self.metrics.histogram(f"lamb/{name}", values, progress.tokens)
-        remaining, total = self._remaining(tokens / steps)
+        remaining, total = self._remaining(window.tokens / window.steps)
         eta = timedelta(seconds=int(remaining / rate)) if rate else "?"
         self.run.log.info(f"step {progress.step}/{total} | tokens {brief(progress.tokens)} | loss {loss:.3f} | "
                           f"ppl {ppl(loss):.2f} | lr {self.lr:.2e} | {brief(rate)} tok/s"
@@ -184,11 +198,6 @@ class _Training:
         self.window, self.timed = _Window(world.device), _Timed()
         self.run.status("training", progress.step)
 
-        if loss > progress.lowest_loss + self.recipe.divergence_nats:
-            raise Diverged(f"The training loss rose to {loss:.3f} at step {progress.step}, "
-                           f"{loss - progress.lowest_loss:.2f} nats above its lowest. {self._good_checkpoint()} "
-                           f"Start a new run (--name=NEW) with a lower learning rate (--set recipe.optim.lr=…) or a "
-                           f"longer warm-up; recipe.divergence_nats sets how far is too far.")
         progress.lowest_loss = min(progress.lowest_loss, loss)
         if self.precision.scaled and self.scaler.get_scale() < 2.0 ** -10:
             raise Diverged(f"The gradient overflows fp16 at every step up to {progress.step}, whatever the loss scale. "
@@ -197,10 +206,13 @@ class _Training:
 
     def _validate(self) -> None:
         """Evaluate; then save, since these are the weights that the loss is of."""
-        self.guard.check(self.world, self.names, self._good_checkpoint)
         with self.watch.paused():
             score = self._evaluate("valid")
             progress = self.progress
+            if not math.isfinite(score.loss):
+                raise Diverged(f"The validation loss at step {progress.step} is {score.loss}. "
+                               f"{self._good_checkpoint()} Start a new run (--name=NEW) in another precision or with a "
+                               f"lower learning rate.")
             progress.valid_losses.append(score.loss)
             progress.valid_step = progress.step
             self._report("valid", score)
@@ -223,28 +235,36 @@ class _Training:
                           f"{score.tokens} tokens in {score.seconds:.1f} s | {score.protocol}")
 
     def _save(self, valid_loss: float | None) -> None:
-        self.guard.check(self.world, self.names, self._good_checkpoint)         # never a checkpoint of bad weights
+        if self.saved_step == self.progress.step:
+            return                                 # it is there already, and may know its validation loss
+        self._window_loss()                        # never a checkpoint of bad weights
         with self.watch.paused():
             cuda = self.world.device.type == "cuda"
             shared = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                       "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
             own = {"carries": self.carries, "cpu_rng": torch.get_rng_state(), "window": self.window.state(),
                    "cuda_rng": torch.cuda.get_rng_state() if cuda else None}
-            meta = {"tokens": self.progress.tokens, "valid_loss": valid_loss}
+            meta = {"tokens": self.progress.tokens, "valid_loss": valid_loss, "vocabulary": self.task.vocabulary}
             checkpoint.save(self.world, self.run.checkpoints, self.progress.step, shared, own, meta,
                             self.recipe.clock.keep_checkpoints)
+            self.saved_step = self.progress.step
 
     def _resume(self) -> None:
-        """From the newest complete checkpoint. With another number of ranks the memories and generators start anew."""
+        """From the newest complete checkpoint. With another number of ranks the memories and generators start anew.
+        Where there is none the run begins, with the weights of recipe.init_from if it names any."""
         found = checkpoint.complete(self.run.checkpoints)
         if not found:
+            if self.recipe.init_from:
+                load_weights(self.model, checkpoint.find(Path(self.recipe.init_from)), self.task.vocabulary)
             return
         newest = found[-1]
+        newest.check_vocabulary(self.task.vocabulary)
         shared = newest.shared(self.world.device)
         self.model.load_state_dict(shared["model"])
         self.optimizer.load_state_dict(shared["optimizer"])
         self.scaler.load_state_dict(shared["scaler"])
         self.progress = Progress.of(shared["progress"])
+        self.saved_step = newest.step
         self.run.log.info(f"resuming from {newest.path}, step {newest.step}")
         if newest.ranks != self.world.size:
             self.run.log.info(f"the checkpoint is of {newest.ranks} ranks and this is {self.world.size}: "
@@ -268,10 +288,8 @@ class _Training:
 
     def _finished(self) -> Outcome:
         progress = self.progress
-        if progress.valid_step != progress.step:
-            self._validate()                       # a resumed run whose recipe ended it here
         best = checkpoint.best(checkpoint.complete(self.run.checkpoints))
-        load_weights(self.model, best)
+        load_weights(self.model, best, self.task.vocabulary)
         score = self._evaluate("test")
         self._report("test", score)
         self.run.stop_honoured()
@@ -309,13 +327,19 @@ class _Window:
     def __init__(self, device: torch.device):
         self.nats = torch.zeros((), dtype=torch.float64, device=device)
         self.norm = torch.zeros((), device=device)
+        self.finite = torch.zeros((), device=device)             # how many norms that is the sum of
         self.steps = self.tokens = 0
 
     def add(self, nats: Tensor, norm: Tensor, tokens: int) -> None:
         self.nats += nats
-        self.norm += norm
+        finite = torch.isfinite(norm)              # fp16 overflows now and then, and skips the step
+        self.norm += torch.where(finite, norm, 0.0)
+        self.finite += finite
         self.steps += 1
         self.tokens += tokens
+
+    def mean_norm(self) -> float:
+        return (self.norm / self.finite.clamp(min=1)).item()
 
     def state(self) -> dict[str, Any]:
         return vars(self)
@@ -374,12 +398,19 @@ class Guard:
                        f"--checkpoint=RUN takes the weights of this one along.")
 
 
-def load_weights(model: nn.Module, source: checkpoint.Checkpoint) -> None:
-    """The model's weights from a checkpoint. Raises CheckpointError, naming the tensors, where they do not fit."""
-    try:
-        model.load_state_dict(source.shared("cpu")["model"])
-    except RuntimeError as error:
-        raise checkpoint.CheckpointError(f"The weights of {source.path} do not fit this model: {error}") from error
+def load_weights(model: nn.Module, source: checkpoint.Checkpoint, vocabulary: str) -> None:
+    """The model's weights from a checkpoint. Raises CheckpointError, naming the tensors, where they do not fit, and
+    where they are of another vocabulary."""
+    source.check_vocabulary(vocabulary)
+    weights, own = source.shared("cpu")["model"], model.state_dict()
+    shapes = [{name: tuple(x.shape) for name, x in state.items()} for state in (weights, own)]
+    wrong = [f"{name} is {shapes[0].get(name, 'absent')} there and {shapes[1].get(name, 'absent')} here"
+             for name in dict(shapes[0] | shapes[1]) if shapes[0].get(name) != shapes[1].get(name)]
+    if wrong:
+        more = f", and {len(wrong) - 3} more tensors" if len(wrong) > 3 else ""
+        raise checkpoint.CheckpointError(f"The weights of {source.path} do not fit this model: "
+                                         f"{'; '.join(wrong[:3])}{more}")
+    model.load_state_dict(weights)
 
 
 def _to(value: Any, device: torch.device) -> Any:

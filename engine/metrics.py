@@ -1,6 +1,7 @@
 """Metrics: one line on the screen, one in metrics.jsonl, the same numbers in TensorBoard over global tokens.
 
-TensorBoard tags are those of cybertronai/transformer-xl, so that old and new curves lie in one picture.
+TensorBoard tags are those of cybertronai/transformer-xl, so that old and new curves lie in one picture: also there
+samples and tokens per second are of one GPU. In metrics.jsonl and on the screen they are of all.
 """
 from __future__ import annotations
 
@@ -62,8 +63,10 @@ class Metrics:
             return
         path = folder / "metrics.jsonl"
         if path.exists():
-            lines = [line for line in path.read_text().splitlines() if _stands(line, step)]
-            path.write_text("".join(f"{line}\n" for line in lines))
+            lines = path.read_text().splitlines()
+            beside = path.with_name(".metrics.jsonl")
+            beside.write_text("".join(f"{line}\n" for line in lines if _stands(line, step)))
+            beside.replace(path)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - as long as the run
         from torch.utils.tensorboard import SummaryWriter  # 1 s to import, by one rank of all
         self._tags = SummaryWriter(str(folder / "tensorboard"), purge_step=tokens + 1 if step else None)
@@ -99,10 +102,10 @@ def gpu_memory(device: torch.device) -> dict[str, float]:
     """Gigabytes allocated and reserved, now and at most; nothing on a CPU."""
     if device.type != "cuda":
         return {}
-    return {"memory__allocated_gb": torch.cuda.memory_allocated(device) / 1e9,
-            "memory__max_allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9,
-            "memory__cached_gb": torch.cuda.memory_reserved(device) / 1e9,
-            "memory__max_cached_gb": torch.cuda.max_memory_reserved(device) / 1e9}
+    return {"allocated_gb": torch.cuda.memory_allocated(device) / 1e9,
+            "max_allocated_gb": torch.cuda.max_memory_allocated(device) / 1e9,
+            "cached_gb": torch.cuda.memory_reserved(device) / 1e9,
+            "max_cached_gb": torch.cuda.max_memory_reserved(device) / 1e9}
 
 
 def ppl(loss: float) -> float:

@@ -19,6 +19,15 @@ from engine.world import World
 State = Literal["training", "finished", "stopped", "failed"]
 
 
+def processor() -> str:
+    """The processor's name, as its maker gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
 class Run:
     """`folder` holds recipe.json; everything else about the run is written beside it (docs/design.md has the list)."""
 
@@ -39,7 +48,7 @@ class Run:
         if self.world.leads:
             cuda = self.world.device.type == "cuda"
             (self.folder / "machine.json").write_text(json.dumps({
-                "ranks": self.world.size, "device": torch.cuda.get_device_name() if cuda else platform.processor(),
+                "ranks": self.world.size, "device": torch.cuda.get_device_name() if cuda else processor(),
                 "cpu_count": os.cpu_count(), "threads": torch.get_num_threads(), "platform": platform.platform(),
                 "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}, indent=1))
 
@@ -69,8 +78,11 @@ class Run:
 
     def _write_status(self, state: State, step: int, message: str) -> None:
         beside = self.folder / f".status-{self.world.rank}.json"
-        beside.write_text(json.dumps({"state": state, "step": step, "message": message}))
-        os.replace(beside, self.folder / "status.json")
+        try:
+            beside.write_text(json.dumps({"state": state, "step": step, "message": message}))
+            beside.replace(self.folder / "status.json")
+        except OSError as error:                   # a full disk must not hide what this is about
+            print(f"status.json could not be written: {error}", file=sys.stderr)
 
     def _logger(self) -> logging.Logger:
         """logs/rank-R.log, and for the leading rank the standard output too."""

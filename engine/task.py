@@ -48,6 +48,7 @@ class Task(Protocol):
     the start of a text, made of tensors, numbers, tuples and lists so that it can be saved."""
 
     flops_per_token: float                        # of training, for MFU
+    vocabulary: str                               # a hash of what the token ids mean; weights are of no use to another
 
     def build(self) -> nn.Module:
         """The model, initialised from torch's generator, on the CPU."""

@@ -21,9 +21,14 @@ from tests.ranks import run_ranks
 ALONE = World(0, 0, 1, torch.device("cpu"))
 
 
+def meta(valid_loss=None):
+    return {"valid_loss": valid_loss, "vocabulary": "v"}
+
+
 def save(folder, step, valid_loss=None, keep=2, size=3):
-    return checkpoint.save(ALONE, folder, step, {"x": torch.full((size,), float(step))}, {"rank": 0},
-                           {"valid_loss": valid_loss}, keep)
+    shared = {"x": torch.full((size,), float(step))}
+    checkpoint.save(ALONE, folder, step, shared, {"rank": 0}, meta(valid_loss), keep)
+    return checkpoint.read(folder / f"step-{step:08d}")
 
 
 def steps(folder):
@@ -34,7 +39,7 @@ def test_what_was_saved_comes_back(tmp_path):
     saved = save(tmp_path, 7, valid_loss=3.5)
     found, = checkpoint.complete(tmp_path)
     assert found == saved
-    assert (found.step, found.ranks, found.valid_loss) == (7, 1, 3.5)
+    assert (found.step, found.ranks, found.valid_loss, found.vocabulary) == (7, 1, 3.5, "v")
     assert torch.equal(found.shared()["x"], torch.full((3,), 7.0))
     assert found.of_rank(0) == {"rank": 0}
 
@@ -76,8 +81,8 @@ def test_loading_executes_nothing(tmp_path):
             return os.system, (f"touch {tmp_path}/executed",)
     path = save(tmp_path, 2).path / "model.pt"
     path.write_bytes(pickle.dumps(Evil(), protocol=2))
-    meta = path.parent / "meta.json"
-    meta.write_text(json.dumps(json.loads(meta.read_text()) | {"files": {"model.pt": path.stat().st_size}}))
+    about = path.parent / "meta.json"
+    about.write_text(json.dumps(json.loads(about.read_text()) | {"files": {"model.pt": path.stat().st_size}}))
     with pytest.raises(CheckpointError):
         checkpoint.complete(tmp_path)[0].shared()
     assert not (tmp_path / "executed").exists()
@@ -91,7 +96,8 @@ def test_a_writer_killed_at_any_moment_leaves_the_one_before_it(tmp_path):
     checkout = Path(__file__).parents[2]
     for delay in (0.0, 0.011, 0.023, 0.037):
         writer = subprocess.Popen([sys.executable, "-c", code, str(tmp_path), str(checkout)])
-        while steps(tmp_path)[-1] == 1 and writer.poll() is None:
+        while steps(tmp_path)[-1] == 1:
+            assert writer.poll() is None, "the writer itself failed"
             time.sleep(0.01)                                      # until it has begun
         time.sleep(delay)
         writer.kill()
@@ -116,10 +122,35 @@ class FullDisk(dict):
         raise OSError(errno.ENOSPC, "No space left on device")
 
 
+def test_what_a_killed_writer_left_of_the_same_step_does_not_get_in(tmp_path):
+    """It had got as far as meta.json, and with another rank's file."""
+    partial = tmp_path / ".step-00000003.partial"
+    partial.mkdir()
+    (partial / "meta.json").write_text("{}")
+    (partial / "rank-1.pt").write_text("another's")
+    save(tmp_path, 3)
+    assert steps(tmp_path) == [3]
+    assert sorted(x.name for x in (tmp_path / "step-00000003").iterdir()) == ["meta.json", "model.pt", "rank-0.pt"]
+
+
+def test_a_damaged_checkpoint_is_replaced_when_its_step_comes_again(tmp_path):
+    os.truncate(save(tmp_path, 3).path / "model.pt", 10)
+    assert steps(tmp_path) == []
+    save(tmp_path, 3)
+    assert steps(tmp_path) == [3]
+
+
+def test_weights_of_another_vocabulary_are_refused(tmp_path):
+    found = save(tmp_path, 1)
+    found.check_vocabulary("v")
+    with pytest.raises(CheckpointError, match="trained on another vocabulary"):
+        found.check_vocabulary("w")
+
+
 def test_a_full_disk_is_an_error_and_earlier_checkpoints_stay(tmp_path):
     save(tmp_path, 1)
     with pytest.raises(CheckpointError, match=r"No space left on device.*Earlier checkpoints are untouched"):
-        checkpoint.save(ALONE, tmp_path, 2, {"x": FullDisk()}, {}, {"valid_loss": None}, 2)
+        checkpoint.save(ALONE, tmp_path, 2, {"x": FullDisk()}, {}, meta(), 2)
     assert steps(tmp_path) == [1]
     assert not list(tmp_path.glob(".step-*"))
 
@@ -128,7 +159,7 @@ def _save_with_one_full_disk(folder):
     from engine.world import world
     with world() as w:
         try:
-            checkpoint.save(w, folder, 5, {"x": 1}, FullDisk() if w.rank == 1 else {}, {"valid_loss": None}, 2)
+            checkpoint.save(w, folder, 5, {"x": 1}, FullDisk() if w.rank == 1 else {}, meta(), 2)
         except CheckpointError as error:
             return str(error)
 

@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.testing import assert_close
 
 from engine import checkpoint
@@ -28,6 +29,7 @@ EXACT = {
     "uneven_accumulation": replace(RECIPE, batch=Batch(size=5, micro_size=2)),
     "adamw_plateau": replace(RECIPE, optim=Optim("adamw", lr=0.01), schedule=Schedule("plateau")),
     "ext_len": replace(RECIPE, context=Context(tgt_len=6, mem_len=5, ext_len=3)),
+    "bf16_div_val": replace(RECIPE, precision="bf16", model=replace(RECIPE.model, div_val=2, pre_lnorm=True)),
 }
 
 
@@ -51,7 +53,9 @@ def same(a, b, where=""):
 def assert_same_run(one, other, ranks=1):
     """Same weights, optimizer, memories, generators and logged losses at the end."""
     a, b = (checkpoint.complete(folder / "checkpoints")[-1] for folder in (one, other))
-    assert a.step == b.step
+    assert (a.step, a.valid_loss) == (b.step, b.valid_loss)
+    best_a, best_b = (checkpoint.find(folder) for folder in (one, other))
+    assert (best_a.step, best_a.valid_loss) == (best_b.step, best_b.valid_loss)
     first, second = a.shared(), b.shared()
     for state in (first, second):
         state["progress"].pop("seconds")
@@ -70,7 +74,7 @@ def losses(folder):
 def test_stopped_and_resumed_equals_never_stopped_bit_for_bit(tmp_path, name):
     recipe = EXACT[name]
     train_here(tmp_path / "straight", recipe)
-    for stop_after in (1, 5, 6, 5):                               # between logs, evaluations and epochs: 1, 6, 12, 17
+    for stop_after in (1, 5, 4, 2, 5):                            # at 1, 6, 10 (evaluated), 12 (a new epoch), 17
         assert not train_here(tmp_path / "stopped", recipe, stop_after=stop_after).finished
     train_here(tmp_path / "stopped", recipe)
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
@@ -198,10 +202,9 @@ def test_a_text_that_repeats_beyond_the_segment_is_predicted_with_memory_and_not
 
 
 def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_tensor(tmp_path):
-    recipe = replace(RECIPE, optim=Optim("sgd", lr=1e30, clip=None), clock=Clock(log_interval=4, checkpoint_interval=3))
     train_here(tmp_path, stop_after=7)                            # a good run up to here
     with pytest.raises(Diverged, match=r"At step \d+ the loss .* the gradient of \S+ .*step-0000000\d \(step \d+\)"):
-        train_here(tmp_path, replace(recipe, optim=replace(RECIPE.optim, lr=1e30, clip=None)))
+        train_here(tmp_path, replace(RECIPE, optim=replace(RECIPE.optim, lr=1e30, clip=None)))
     newest = checkpoint.complete(tmp_path / "checkpoints")[-1]
     assert all(torch.isfinite(x).all() for x in newest.shared()["model"].values())
 
@@ -211,6 +214,26 @@ def test_a_loss_that_runs_away_stops_the_run(tmp_path):
                      divergence_nats=0.05, stop=Stop(max_steps=400), clock=Clock(log_interval=2, eval_interval=400))
     with pytest.raises(Diverged, match=r"rose to .* at step"):
         train_here(tmp_path, recipe)
+
+
+def test_a_finite_blow_up_between_two_logs_is_not_saved_as_a_good_checkpoint(tmp_path):
+    train_here(tmp_path, stop_after=7)                            # logged at step 4
+    wild = replace(RECIPE, optim=Optim("lamb", lr=8.0, clip=None, max_weight_norm=None), divergence_nats=0.5,
+                   clock=Clock(log_interval=1000, eval_interval=1000, checkpoint_interval=3))
+    with pytest.raises(Diverged, match=r"rose to .* at step (9|12|15)\b"):
+        train_here(tmp_path, wild)
+    assert checkpoint.complete(tmp_path / "checkpoints")[-1].step < 15
+
+
+class Unmeasurable(TransformerXLTask):
+    def evaluate(self, model, split, world):
+        return replace(super().evaluate(model, split, world), nats=math.nan)
+
+
+def test_a_validation_loss_that_is_not_a_number_stops_the_run(tmp_path):
+    with world() as w, pytest.raises(Diverged, match="validation loss at step 10 is nan"):
+        train(w, Unmeasurable(RECIPE, corpus()), RECIPE, Run(tmp_path, w))
+    assert all(c.valid_loss is None for c in checkpoint.complete(tmp_path / "checkpoints"))
 
 
 FP16 = replace(RECIPE, precision="fp16", optim=Optim("adam", lr=0.02), batch=Batch(size=2),
@@ -231,11 +254,13 @@ def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):
     state = start.shared()
     before = {name: x.clone() for name, x in state["model"].items()}
     state["scaler"]["scale"] = 2.0 ** 40
+    recipe = replace(FP16, clock=replace(FP16.clock, log_interval=1))
     torch.save(state, start.path / "model.pt")
     meta = json.loads((start.path / "meta.json").read_text())
     meta["files"]["model.pt"] = (start.path / "model.pt").stat().st_size
     (start.path / "meta.json").write_text(json.dumps(meta))
-    train_here(tmp_path, FP16, stop_after=3)
+    train_here(tmp_path, recipe, stop_after=3)
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
     same(dict(final_weights(tmp_path)), before)
     assert checkpoint.complete(tmp_path / "checkpoints")[-1].shared()["scaler"]["scale"] == 2.0 ** 37
     assert train_here(tmp_path, replace(FP16, stop=Stop(max_steps=40))).finished
@@ -261,6 +286,51 @@ def test_warm_start_takes_the_weights_of_another_run_and_nothing_else(tmp_path):
     train_here(tmp_path / "second", recipe, stop_after=2)
     same(final_weights(tmp_path / "second"), best.shared()["model"])
     assert checkpoint.complete(tmp_path / "second" / "checkpoints")[-1].step == 2
+
+
+def test_a_run_goes_on_without_the_run_it_was_warmly_started_from(tmp_path):
+    train_here(tmp_path / "first")
+    recipe = replace(RECIPE, init_from=str(tmp_path / "first"))
+    train_here(tmp_path / "second", recipe, stop_after=2)
+    shutil.rmtree(tmp_path / "first")
+    assert train_here(tmp_path / "second", recipe).finished
+
+
+def test_a_run_whose_vocabulary_has_changed_is_not_resumed(tmp_path):
+    train_here(tmp_path, stop_after=2)
+    other = corpus()
+    other.vocab.hash = "other"
+    with pytest.raises(checkpoint.CheckpointError, match="trained on another vocabulary"):
+        train_here(tmp_path, data=other)
+
+
+def test_tensorboard_has_cybertronais_tags_over_global_tokens(tmp_path):
+    train_here(tmp_path)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    expected = {"_loss", "learning/epoch", "learning/loss", "learning/ppl", "learning/lr", "learning/base_lr",
+                "learning/val_loss", "learning/val_ppl", "learning/test_loss", "learning/test_ppl", "times/step",
+                "times/load", "times/backwards", "times/batches_per_sec", "times/samples_per_sec",
+                "times/tokens_per_sec", "sizes/batch_size", "sizes/seq_size", "sizes/params", "sizes/non_emb_params"}
+    tags = events.Tags()
+    assert expected <= set(tags["scalars"])
+    assert {"lamb/weight_norm", "lamb/adam_norm", "lamb/trust_ratio"} <= set(tags["histograms"])
+    logged = [(tokens, loss) for kind, _, tokens, loss in losses(tmp_path) if kind == "train"]
+    shown = [(event.step, event.value) for event in events.Scalars("learning/loss")]
+    assert [tokens for tokens, _ in shown] == [tokens for tokens, _ in logged]
+    assert [loss for _, loss in shown] == pytest.approx([loss for _, loss in logged])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_layers_lose_what_plain_ones_lose(tmp_path):
+    recipe = replace(RECIPE, model=replace(RECIPE.model, dropout=0.0, dropatt=0.0), stop=Stop(max_steps=6),
+                     optim=Optim("sgd", lr=0.5))
+    train_here(tmp_path / "plain", recipe)
+    train_here(tmp_path / "compiled", replace(recipe, clock=replace(recipe.clock, compile=True)))
+    for plain, compiled in zip(losses(tmp_path / "plain"), losses(tmp_path / "compiled")):
+        assert compiled[3] == pytest.approx(plain[3], rel=1e-5)
+    assert checkpoint.find(tmp_path / "compiled").shared()["model"].keys() == final_weights(tmp_path / "plain").keys()
 
 
 def test_a_warm_start_that_does_not_fit_names_the_tensors(tmp_path):

@@ -116,7 +116,7 @@ def test_json_that_does_not_fit_names_the_path_and_what_fits(spoil, message):
 
 def test_differences_are_listed_leaf_by_leaf():
     new = override(tiny, "recipe.optim.lr=0.02", "recipe.clock.log_interval=5").recipe
-    assert list(differences(tiny.recipe, new)) == ["optim.lr: 0.001 -> 0.02", "clock.log_interval: 10 -> 5"]
+    assert list(differences(tiny.recipe, new)) == ["optim.lr: 0.004 -> 0.02", "clock.log_interval: 10 -> 5"]
 
 
 def test_a_typed_word_becomes_what_its_type_says():

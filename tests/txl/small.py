@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from engine.config import Batch, Clock, LinearLr, Optim, Schedule, Stop
+from engine.config import Batch, Clock, Optim, Schedule, Stop
 from engine.loop import Outcome, train
 from engine.run import Run
 from engine.world import world
@@ -20,7 +20,6 @@ RECIPE = Recipe(
     data=Data("text", "nowhere"), context=Context(tgt_len=8, mem_len=8), eval_context=Context(tgt_len=8, mem_len=8),
     eval_streams=3, batch=Batch(size=4), optim=Optim("lamb", lr=0.01), schedule=Schedule("cosine", warmup_steps=3),
     stop=Stop(max_steps=20), clock=Clock(log_interval=4, eval_interval=10, checkpoint_interval=3, keep_checkpoints=99))
-assert LinearLr(0.01).base_batch == 32
 
 
 def corpus(train: np.ndarray | None = None, n_token: int = N_TOKEN, length: int = 330) -> SimpleNamespace:
@@ -31,7 +30,7 @@ def corpus(train: np.ndarray | None = None, n_token: int = N_TOKEN, length: int 
         tokens = np.cumsum(generator.integers(1, 4, n)) % n_token
         return tokens.astype(np.uint16)
     splits = {"train": text(length) if train is None else train, "valid": text(101), "test": text(97)}
-    return SimpleNamespace(splits=splits, vocab=SimpleNamespace(start=0), n_token=n_token)
+    return SimpleNamespace(splits=splits, vocab=SimpleNamespace(start=0, hash="small"), n_token=n_token)
 
 
 class StopAt(Run):
