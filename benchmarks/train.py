@@ -8,7 +8,6 @@ data is needed. --record adds the row to benchmarks/train.md.
 """
 from __future__ import annotations
 
-import platform
 import resource
 import statistics
 import subprocess
@@ -27,6 +26,7 @@ from engine.cli import flag, misuse, parse
 from engine.config import Recipe
 from engine.metrics import peak_flops
 from engine.precision import precision_for
+from engine.run import processor
 from engine.task import Position
 from engine.values import BadValue, nearest, override
 from engine.world import World, world
@@ -63,6 +63,8 @@ class Timing:
 
 def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, prog="-m benchmarks.train", about=__doc__)
+    if min(flags.rounds, flags.steps) < 1:
+        misuse("--rounds and --steps must be at least 1")
     if flags.config not in CONFIGS:
         misuse(f"There is no config {flags.config!r}.{nearest(flags.config, CONFIGS)}")
     try:
@@ -73,7 +75,7 @@ def main(argv: list[str]) -> int:
         timing = measure(recipe, w, flags.rounds, flags.steps)
         if not w.leads:
             return 0
-        name = torch.cuda.get_device_name() if w.device.type == "cuda" else _processor()
+        name = torch.cuda.get_device_name() if w.device.type == "cuda" else processor()
         peak = peak_flops(name, recipe.precision)
         rate = statistics.median(timing.rate(sum(parts)) for parts in timing.rounds)
         task = TransformerXLTask(recipe, corpus(recipe))
@@ -95,7 +97,7 @@ def corpus(recipe: Recipe) -> SimpleNamespace:
     n_token = recipe.data.n_token or 256
     weights = 1 / np.arange(1, n_token + 1)
     tokens = np.random.default_rng(0).choice(n_token, 1 << 20, p=weights / weights.sum()).astype(np.int32)
-    return SimpleNamespace(splits={"train": tokens}, vocab=SimpleNamespace(start=0), n_token=n_token)
+    return SimpleNamespace(splits={"train": tokens}, vocab=SimpleNamespace(start=0, hash=""), n_token=n_token)
 
 
 def measure(recipe: Recipe, w: World, rounds: int, steps: int) -> Timing:
@@ -137,14 +139,6 @@ def _clock(w: World) -> float:
     if w.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def _commit() -> str:

@@ -63,7 +63,8 @@ class AdaptiveVocabulary(nn.Module):
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """Embeddings times sqrt(d_model), projected to D. Every table is read for every token and masked: no shape
-        depends on the data, and the tail tables are narrow."""
+        depends on the data, and the tail tables are narrow. In the parameters' precision, for it begins the residual
+        stream: autocast would hand on a projection's 16 bits."""
         if self.shared_table:
             embedded = F.embedding(tokens_BT, self.tables[0])
             embedded = F.linear(embedded, self.in_projs[0]) if len(self.in_projs) else embedded
@@ -73,7 +74,7 @@ class AdaptiveVocabulary(nn.Module):
                 inside = (tokens_BT >= low) & (tokens_BT < high)
                 rows = F.embedding((tokens_BT - low).clamp(0, high - low - 1), table)
                 embedded = embedded + F.linear(rows * inside.unsqueeze(-1), proj)
-        return embedded * self.d_model ** 0.5
+        return embedded.to(self.bias.dtype) * self.d_model ** 0.5
 
     def nll(self, hidden_RD: Tensor, target_R: Tensor, rows: tuple[Tensor, ...] | None = None) -> Tensor:
         """-log p(target) in nats, in the order of the rows; 0 where the target is IGNORE. Autocast makes it fp32.

@@ -146,7 +146,7 @@ def n_params(model: Model, n_token: int) -> int:
             + tables * (1 if model.tie_weight else 2) + n_token + clusters + sum(in_projs) + sum(out_projs))
 
 
-def train_flops_per_token(model: Model, context: Context) -> float:
+def train_flops_per_token(model: Model, context: Context, n_token: int) -> float:
     """Floating-point operations that training needs per target, forward and backward; tail clusters not counted.
 
     A product of [m, k] and [k, n] is 2mkn. Keys and values of the memory are computed anew but get no gradient of
@@ -156,5 +156,5 @@ def train_flops_per_token(model: Model, context: Context) -> float:
     width, d = model.n_head * model.d_head, model.d_model
     per_token = 2 * (4 * d * width + 2 * d * model.d_inner) + 3 * 2 * width * (context.mem_len + context.tgt_len / 2)
     memory = 2 * 2 * d * width * context.mem_len / context.tgt_len
-    head = 2 * d * (model.cutoffs[0] + len(model.cutoffs) if model.cutoffs else 0)
+    head = 2 * d * (model.cutoffs[0] + len(model.cutoffs) if model.cutoffs else n_token)
     return model.n_layer * (3 * per_token + 2 * memory) + 3 * head

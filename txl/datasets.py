@@ -72,8 +72,12 @@ def download(file: File, folder: Path) -> Path:
 def fetch(name: str, folder: Path) -> None:
     """Brings a data set's files into `folder`, where they are missing. Raises DataError."""
     for file in SOURCES[name]:
-        if all((folder / given).exists() for given in file.gives):
+        there = [given for given in file.gives if (folder / given).exists()]
+        if len(there) == len(file.gives):
             continue
+        if there:
+            raise DataError(f"{folder} has {', '.join(there)} already, but not all of {', '.join(file.gives)}. To get "
+                            f"the public text, move what is there away; nothing was changed")
         path = download(file, folder)
         if file.unpack is not None:
             _install(partial(file.unpack, path), file.gives, folder)

@@ -23,12 +23,12 @@ from engine.cli import flag, parse
 from engine.loop import load_weights
 from engine.precision import precision_for
 from engine.task import Score
-from engine.values import BadValue, from_json
+from engine.values import BadValue, override
 from engine.world import World, world
 from txl.config import Context, Recipe
 from txl.data import Corpus, DataError, load
 from txl.model import TransformerXL
-from txl.task import evaluate
+from txl.task import evaluate, read_recipe
 
 
 @dataclass(frozen=True)
@@ -55,24 +55,22 @@ def main(argv: list[str]) -> int:
     with world() as w:
         try:
             trained = restore(Path(flags.run), w)
+            lines = table(trained, flags.split, _context(trained.recipe, flags), w)
         except (BadValue, DataError, checkpoint.CheckpointError) as error:
             print(error, file=sys.stderr)
             return 1
-        print(table(trained, flags.split, _context(trained.recipe, flags), w))
+        if w.leads:
+            print(lines)
     return 0
 
 
 def restore(path: Path, w: World) -> Trained:
     """The run at `path` (its folder, or a checkpoint's). Raises BadValue, DataError, CheckpointError."""
     found = checkpoint.find(path)
-    recipe_path = found.path.parent.parent / "recipe.json"
-    try:
-        recipe = from_json(Recipe, json.loads(recipe_path.read_text()))
-    except FileNotFoundError as error:
-        raise BadValue(f"{recipe_path} is missing, so nothing tells what model the checkpoint is of") from error
+    recipe = read_recipe(found.path.parent.parent / "recipe.json")
     corpus = load(recipe.data)
     net = TransformerXL(recipe.model, corpus.n_token)
-    load_weights(net, found)
+    load_weights(net, found, corpus.vocab.hash)
     return Trained(recipe, corpus, net.to(w.device).eval(), found)
 
 
@@ -102,9 +100,9 @@ def unigram_nats(train: np.ndarray, text: np.ndarray, n_token: int) -> float:
 
 def _context(recipe: Recipe, flags: Flags) -> Context:
     context = recipe.test_context if flags.split == "test" and recipe.test_context else recipe.eval_context
-    given = {name: getattr(flags, name) for name in ("tgt_len", "mem_len", "clamp_len")
-             if getattr(flags, name) is not None}
-    return replace(context, **given, same_length=context.same_length or flags.same_length)
+    given = [f"{name}={getattr(flags, name)}" for name in ("tgt_len", "mem_len", "clamp_len", "same_length")
+             if getattr(flags, name) is not None and getattr(flags, name) is not False]
+    return override(context, *given)
 
 
 def _cost(metrics: Path, score: Score) -> list[str]:
@@ -112,7 +110,10 @@ def _cost(metrics: Path, score: Score) -> list[str]:
     evaluated = f"evaluated at {score.tokens / score.seconds:,.0f} tokens/s"
     if not metrics.exists():
         return [evaluated]
-    train = [x for x in map(json.loads, metrics.read_text().splitlines()) if x["kind"] == "train"]
+    whole = [line for line in metrics.read_text().splitlines() if line.endswith("}")]
+    train = [x for x in map(json.loads, whole) if x["kind"] == "train"]
+    if not train:
+        return [evaluated]
     rate = sorted(x["tokens_per_s"] for x in train)[len(train) // 2]
     return [f"trained on {train[-1]['tokens']:,} tokens in {train[-1]['seconds'] / 60:.1f} minutes, "
             f"{rate:,.0f} tokens/s; {evaluated}"]

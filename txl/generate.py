@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from engine import checkpoint
-from engine.cli import flag, parse
+from engine.cli import flag, misuse, parse
 from engine.values import BadValue
 from engine.world import world
 from txl.config import Context
@@ -32,6 +32,8 @@ class Flags:
 
 def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, prog="-m txl.generate", about=__doc__)
+    if flags.temperature < 0 or flags.length < 1:
+        misuse("--temperature must not be negative, and --length at least 1")
     with world() as w:
         try:
             trained = restore(Path(flags.run), w)

@@ -1,14 +1,17 @@
 """Transformer-XL as the engine's task: what a step reads, what it loses, how a split is scored."""
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from engine.task import Position, Score, Step
+from engine.values import BadValue, from_json
 from engine.world import World
 from txl.batches import Segment, Streams
 from txl.config import Context, Recipe, train_flops_per_token
@@ -23,7 +26,11 @@ class TransformerXLTask:
 
     @property
     def flops_per_token(self) -> float:
-        return train_flops_per_token(self.recipe.model, self.recipe.context)
+        return train_flops_per_token(self.recipe.model, self.recipe.context, self.corpus.n_token)
+
+    @property
+    def vocabulary(self) -> str:
+        return self.corpus.vocab.hash
 
     @property
     def sizes(self) -> dict[str, float]:
@@ -71,6 +78,15 @@ class TransformerXLTask:
     def _skeleton(self) -> TransformerXL:
         with torch.device("meta"):
             return TransformerXL(self.recipe.model, self.corpus.n_token)
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe in a file. Raises BadValue, saying what is wrong with it."""
+    try:
+        return from_json(Recipe, json.loads(path.read_text()))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BadValue(f"{path} is not a recipe that can be read ({error}). launch.py writes one into every run's "
+                       f"folder") from error
 
 
 @torch.no_grad()

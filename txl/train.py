@@ -7,7 +7,6 @@ Everything is written to the recipe's folder (docs/design.md); the same command 
 """
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from torch.distributed.elastic.multiprocessing.errors import record
 from engine.checkpoint import CheckpointError
 from engine.loop import Diverged, train
 from engine.run import Run
-from engine.values import BadValue, from_json
+from engine.values import BadValue
 from engine.world import world
-from txl.config import Recipe
 from txl.data import DataError, load, prepare
-from txl.task import TransformerXLTask
+from txl.task import TransformerXLTask, read_recipe
 
 
 def main(argv: list[str]) -> int:
@@ -28,10 +26,14 @@ def main(argv: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     path = Path(argv[0])
+    try:
+        recipe = read_recipe(path)
+    except BadValue as error:
+        print(error, file=sys.stderr)
+        return 1
     with world() as w:
         run = Run(path.parent, w)
         try:
-            recipe = from_json(Recipe, json.loads(path.read_text()))
             corpus = load(prepare(recipe.data))    # every rank asks; a lock lets the first do it and the others find it
             run.listen()                           # only now: what came before may be cut off at any moment
             train(w, TransformerXLTask(recipe, corpus), recipe, run)

@@ -125,10 +125,11 @@ class WordVocab(Vocab):
         try:
             return np.fromiter(map(self._table.__getitem__, words), np.int32, len(words))
         except KeyError as error:
+            remedy = ("Let rare words become <unk>: --set recipe.data.min_freq=2" if isinstance(where, Path) else
+                      "Use words of the text that the vocabulary was made from")
             raise DataError(
                 f"The word {error.args[0]!r} of {_place(error.args[0], where, self.lower_case)} is not in the "
-                f"vocabulary, which has no <unk> to stand for it. Let rare words become <unk>: "
-                f"--set recipe.data.min_freq=2") from None
+                f"vocabulary, which has no <unk> to stand for it. {remedy}") from None
 
     @cached_property
     def _words(self) -> list[str]:

@@ -222,6 +222,18 @@ def test_wikitext_and_penn_are_unpacked_into_three_texts(serve, monkeypatch, tmp
     assert fetched(serve, monkeypatch, tmp_path / "ptb", "ptb", penn) == texts
 
 
+def test_texts_of_ones_own_are_not_overwritten(serve, monkeypatch, tmp_path):
+    (tmp_path / "train.txt").write_text("mine")
+    server = serve(body=b"")
+    monkeypatch.setitem(SOURCES, "wt2", (body_at(server.url, body=b"", unpack=SOURCES["wt2"][0].unpack,
+                                                 gives=SOURCES["wt2"][0].gives),))
+    with pytest.raises(DataError, match=r"has train.txt already.*move what is there away"):
+        fetch("wt2", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["train.txt"]
+    assert (tmp_path / "train.txt").read_text() == "mine"
+    assert not server.asked
+
+
 def test_a_hundred_million_bytes_are_cut_at_ninety_and_ninety_five(serve, monkeypatch, tmp_path):
     raw = b"".join(bytes([i]) * 1_000_000 for i in range(100))
     texts = fetched(serve, monkeypatch, tmp_path, "enwik8", zipped({"enwik8": raw}))

@@ -5,6 +5,7 @@ import json
 import math
 import random
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -19,6 +20,7 @@ from txl import evaluate, generate
 from txl.config import Data
 from txl.data import load
 from txl.task import TransformerXLTask
+from txl.train import main as train_main
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +70,73 @@ def test_a_folder_without_a_run_is_one_clear_line(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "No checkpoint at" in error
+
+
+def test_what_cannot_be_evaluated_is_one_clear_line(run, tmp_path, capsys):
+    def said(*flags):
+        assert evaluate.main(list(flags)) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+    assert "tgt_len=0: tgt_len and clamp_len must be at least 1" in said(f"--run={run}", "--tgt_len=0")
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    text = (copy / "recipe.json").read_text()
+    (copy / "recipe.json").write_text(text.replace('"fp32"', '"tf32"'))
+    assert "recipe.precision=fp32" in said(f"--run={copy}")
+    (copy / "recipe.json").write_text(text[:50])
+    assert "recipe.json is not a recipe that can be read" in said(f"--run={copy}")
+    (copy / "recipe.json").write_text(text.replace('"n_layer"', '"n_layers"'))
+    assert "unknown key 'n_layers'. Did you mean 'n_layer'?" in said(f"--run={copy}")
+    (copy / "recipe.json").write_text(text.replace('"n_layer": 2', '"n_layer": 3'))
+    assert "do not fit this model" in said(f"--run={copy}")
+    (copy / "recipe.json").unlink()
+    assert "recipe.json is not a recipe that can be read" in said(f"--run={copy}")
+
+
+def test_weights_are_not_evaluated_on_words_that_now_mean_something_else(run, tmp_path, capsys):
+    """The same number of words in another order: without a check it would run, and print nonsense."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    recipe = json.loads((copy / "recipe.json").read_text())
+    recipe["data"]["dir"] = str(copy)
+    (copy / "recipe.json").write_text(json.dumps(recipe))
+    assert evaluate.main([f"--run={copy}"]) == 0
+    for split in ("train", "valid", "test"):
+        text = (copy / f"{split}.txt").read_text()
+        (copy / f"{split}.txt").write_text(text.replace("quick", "Q").replace("the", "quick").replace("Q", "the"))
+    capsys.readouterr()
+    assert evaluate.main([f"--run={copy}"]) == 1
+    assert "was trained on another vocabulary" in capsys.readouterr().err
+
+
+def test_a_run_stopped_before_its_first_log_line_has_a_table(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    (copy / "metrics.jsonl").write_text('{"kind": "tra')
+    assert evaluate.main([f"--run={copy}"]) == 0
+    assert "evaluated at" in capsys.readouterr().out
+
+
+def test_an_unknown_word_in_a_prompt_is_one_clear_line(run, capsys):
+    assert generate.main([f"--run={run}", "--prompt=the zebra"]) == 1
+    error = capsys.readouterr().err
+    assert "'zebra'" in error
+    assert "Use words of the text" in error
+    assert "min_freq" not in error
+
+
+def test_impossible_temperatures_and_lengths_are_misuse(run, capsys):
+    for flags in (["--temperature=-1"], ["--length=0"]):
+        with pytest.raises(SystemExit) as ended:
+            generate.main([f"--run={run}", *flags])
+        assert ended.value.code == 2
+
+
+def test_a_recipe_that_is_not_there_starts_nothing(tmp_path, capsys):
+    assert train_main([str(tmp_path / "typo" / "recipe.json")]) == 1
+    assert "is not a recipe that can be read" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_samples_repeat_with_their_seed_and_begin_with_the_prompt(run, capsys):

@@ -212,9 +212,17 @@ def test_parameter_count_without_building_agrees_with_the_built_model():
 def test_flops_per_token_agree_with_the_reference():
     """Reference figures include the tail clusters (a few per cent), ours do not."""
     base = Model(16, 512, 8, 64, 2048, cutoffs=NVIDIA_CUTOFFS)
-    assert train_flops_per_token(base, Context(192, 192)) == pytest.approx(459e6, rel=0.06)
+    assert train_flops_per_token(base, Context(192, 192), WORDS) == pytest.approx(459e6, rel=0.06)
     large = Model(18, 1024, 16, 64, 4096, cutoffs=NVIDIA_CUTOFFS, div_val=4)
-    assert train_flops_per_token(large, Context(384, 384)) == pytest.approx(1862e6, rel=0.06)
+    assert train_flops_per_token(large, Context(384, 384), WORDS) == pytest.approx(1862e6, rel=0.06)
+
+
+def test_flops_count_the_products_of_a_layer_and_of_a_full_softmax():
+    """d_model 2, one head of 2, d_inner 4, one target, no memory: multiply-adds by hand, times 2, times 3 passes."""
+    model = Model(1, 2, 1, 2, 4)
+    projections, feed_forward, attention, softmax = 4 * 2 * 2, 2 * 2 * 4, 3 * 2 * 0.5, 2 * 7
+    by_hand = 6 * (projections + feed_forward + attention + softmax)
+    assert train_flops_per_token(model, Context(1, 0), 7) == by_hand
 
 
 def test_initial_values_follow_the_ancestors_rules():
@@ -236,6 +244,20 @@ def test_initial_values_follow_the_ancestors_rules():
     weight = uniform.layers[0].feed_forward[0].weight
     assert weight.abs().max() <= 0.2
     assert weight.std().item() == pytest.approx(0.2 / math.sqrt(3), rel=0.2)
+
+
+@pytest.mark.parametrize("name", ["plain", "adaptive_div", "projected", "pre_lnorm_final"])
+def test_autocast_keeps_positions_and_residuals_in_fp32(name):
+    """A long context: positions in 16 bits would be off by whole tokens, and the loss with them."""
+    model = MODELS[name]
+    net = build(model).float()
+    tokens = torch.randint(0, V, (1, 600))
+    context = Context(tgt_len=600, mem_len=600)
+    exact, _ = net(tokens, tokens, None, context)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, memory = net(tokens, tokens, None, context)
+    assert memory[0].dtype == found.dtype == torch.float32
+    assert (found - exact).abs().mean() < 0.1
 
 
 def test_dropout_acts_in_training_only():
