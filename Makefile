@@ -7,5 +7,5 @@ check:                       ## lint, and the tests that take no more than a min
 smoke:                       ## the smallest config on two machines that are both this one
 	bash -c 'source environment.sh && python launch.py --config=tiny --name=smoke-$$(date +%s) --machines=2'
 
-bench:                       ## tokens per second here, beside the table in benchmarks/README.md
+bench:                       ## tokens per second here, a row for benchmarks/train.md
 	bash -c 'source environment.sh && python -m benchmarks.train --config=demo'

@@ -133,6 +133,7 @@ test_16_p4d = Config(test_16.recipe, Machines("p4d.24xlarge", count=16), THROUGH
 
 # --- NVIDIA: the best published training of these models ---------------------------------------------------------
 
+# Not here yet: its `roll`, a random shift of each stream every epoch.
 # `size` is over all GPUs and `micro_size` what NVIDIA let one GPU take at a time; its batch_chunk follows from the two
 # on any number of GPUs. base: 32 on A100, and on V100 16 GB in fp16, else 16. large: 16 on A100 in fp16, 8 in tf32;
 # 4 and 2 on V100 16 GB; 8 on V100 32 GB, in its multi-node runs in fp16 16.
@@ -165,7 +166,7 @@ NVIDIA_LARGE_MULTINODE = replace(
     NVIDIA_LARGE, batch=Batch(size=512, micro_size=16), optim=replace(LAMB, lr=.02), stop=Stop(max_steps=25000),
     eval_streams=128, clock=Clock(log_interval=100, eval_interval=1000))
 
-NVIDIA = "NVIDIA's recipes on wikitext-103"
+NVIDIA = "NVIDIA's recipes on wikitext-103, but for its roll (a random shift of each stream every epoch)"
 nvidia_base = Config(
     NVIDIA_BASE, Machines("p4d.24xlarge"), NVIDIA,
     "23.24 test perplexity in 76 min on 8 A100 40GB with AMP (NVIDIA's README; 16 seeds: 23.24 +- .078), "
@@ -280,10 +281,12 @@ text8_large = Config(
     "1.08 bits per character with 24 layers, 277M parameters (paper, table 3).")
 lm1b_base = Config(
     PAPER_LM1B_BASE, Machines("p3.8xlarge"), PAPER,
-    "23.5 test perplexity with 0.46B parameters (paper, table 4); the repository's script makes 0.36B.")
+    "23.5 test perplexity with 0.46B parameters (paper, table 4); the repository's script makes 0.36B. "
+    "Sentences come in the text's order here; the paper shuffled them.")
 lm1b_large = Config(
     PAPER_LM1B_LARGE, Machines("p4d.24xlarge"), PAPER,
-    "21.8 test perplexity with 0.8B parameters (paper, table 4).")
+    "21.8 test perplexity with 0.8B parameters (paper, table 4). Sentences come in the text's order here; the paper "
+    "shuffled them.")
 
 # --- ours: the machine the command is typed on --------------------------------------------------------------------
 

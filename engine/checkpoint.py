@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from engine.complete import intact
 from engine.world import World
 
 
@@ -117,13 +118,8 @@ def find(path: Path) -> Checkpoint:
 
 
 def _intact(path: Path) -> Checkpoint | None:
-    try:
-        meta = json.loads((path / "meta.json").read_text())
-        if any((path / name).stat().st_size != size for name, size in meta["files"].items()):
-            return None
-        return Checkpoint(path, *(meta[key] for key in ("step", "ranks", "valid_loss", "vocabulary")))
-    except (OSError, ValueError, KeyError):
-        return None
+    meta = intact(path)
+    return meta and Checkpoint(path, *(meta[key] for key in ("step", "ranks", "valid_loss", "vocabulary")))
 
 
 def _prune(folder: Path, keep: int) -> None:

@@ -11,6 +11,6 @@ def intact(path: Path) -> dict[str, Any] | None:
     try:
         meta = json.loads((path / "meta.json").read_text())
         whole = all((path / name).stat().st_size == size for name, size in meta["files"].items())
-        return meta if whole and {"step", "ranks", "valid_loss"} <= meta.keys() else None
+        return meta if whole and {"step", "ranks", "valid_loss", "vocabulary"} <= meta.keys() else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None

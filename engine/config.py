@@ -96,7 +96,7 @@ class Batch:
         total = self.size if self.size is not None else self.local_size * ranks
         if total < ranks:
             raise BadValue(f"batch.size {total} leaves some of the {ranks} ranks without a sequence. "
-                             f"Use at most {total} ranks or a larger batch")
+                           f"Use at most {total} ranks or a larger batch")
         return total
 
     def share(self, rank: int, ranks: int) -> range:

@@ -1,4 +1,7 @@
-"""Optimizers by name, LAMB, and gradient clipping: a few multi-tensor kernels a step, and no wait for the device."""
+"""Optimizers by name, LAMB, and gradient clipping: multi-tensor kernels, and no wait for the device.
+
+LAMB's last write, where each tensor has a ratio of its own on the device, is still one small kernel a tensor.
+"""
 from __future__ import annotations
 
 import math

@@ -30,7 +30,7 @@ def precision_for(name: Name, device: torch.device) -> Precision:
     """Raises BadValue where the device cannot do it. Sets the process's mode for fp32 products: tf32 or not."""
     if name == "tf32" and (device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0)):
         raise BadValue(f"tf32 needs an NVIDIA GPU of the Ampere generation or newer; here is {describe(device)}. "
-                         f"Use --set recipe.precision=fp32")
+                       f"Use --set recipe.precision=fp32")
     if name == "bf16" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
         raise BadValue(f"{describe(device)} has no bf16. Use --set recipe.precision=fp16")
     torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")

@@ -67,7 +67,8 @@ def checkpoint(step: int):
     def make() -> None:
         folder = Path(f"runs/x/checkpoints/step-{step:08d}")
         folder.mkdir(parents=True)
-        (folder / "meta.json").write_text(json.dumps({"step": step, "ranks": 2, "valid_loss": None, "files": {}}))
+        meta = {"step": step, "ranks": 2, "valid_loss": None, "vocabulary": "", "files": {}}
+        (folder / "meta.json").write_text(json.dumps(meta))
     return make
 
 

@@ -50,7 +50,7 @@ def checkpoint(folder: Path, step: int, ranks: int = 1, size: int = 3) -> None:
     """A checkpoint of one file of 3 bytes, of which `size` are there."""
     folder.mkdir(parents=True)
     (folder / "model.pt").write_bytes(b"123"[:size])
-    (folder / "meta.json").write_text(json.dumps({"step": step, "ranks": ranks, "valid_loss": None,
+    (folder / "meta.json").write_text(json.dumps({"step": step, "ranks": ranks, "valid_loss": None, "vocabulary": "",
                                                   "files": {"model.pt": 3}}))
 
 

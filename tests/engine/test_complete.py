@@ -6,7 +6,7 @@ import pytest
 
 from engine.complete import intact
 
-META = {"step": 20, "ranks": 1, "valid_loss": None, "files": {"model.pt": 3}}
+META = {"step": 20, "ranks": 1, "valid_loss": None, "vocabulary": "v", "files": {"model.pt": 3}}
 
 
 @pytest.fixture
