@@ -87,7 +87,7 @@ def make_plan(flags: Flags, config: Config) -> Plan:
                        f"  {command_of(replace(flags, backend='local'))}")
     backend, run_dir = backends.load(chosen), Path("runs", name)
     standing = run.standing(run_dir, config.recipe)
-    layout = backend.lay_out(config, run_dir, backend.survey(config))
+    layout = backend.lay_out(config, run_dir, backend.survey(config, standing))
     try:
         return Plan(name, flags.config, config, chosen, layout, overrides_of(flags), command_of(flags), standing,
                     flags.launch_tensorboard)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.plan import Layout, Plan
+from cluster.run import Standing
 from cluster.spec import Config
 
 BACKENDS = {                                      # name: module, loaded when chosen
@@ -22,16 +23,16 @@ class Job(Protocol):
     def poll(self) -> tuple[int, ...] | None:
         """The nodes' exit statuses once none is running (negative: the signal that ended it); None before."""
     def stop(self) -> None:
-        """Ask the training to save and end. May be called again and again."""
+        """Ask the training to save and end. Once: a training that is still starting up finds the request."""
     def kill(self) -> None:
         """End everything now."""
     def close(self) -> None:
-        """Give back what outlives the training. After poll() gave the statuses."""
+        """Give back what outlives the training, an unheard request to stop too. After poll() gave the statuses."""
 
 
 class Backend(Protocol):
     """What the module of a backend offers."""
-    def survey(self, config: Config) -> Any:
+    def survey(self, config: Config, standing: Standing) -> Any:
         """What the layout must know of the world; looks, and changes nothing. Raises Refused."""
     def lay_out(self, config: Config, run_dir: Path, facts: Any) -> Layout:
         """Which command runs where. Pure."""

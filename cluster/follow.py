@@ -46,18 +46,24 @@ class Follower:
         heard = 0
         while (statuses := job.poll()) is None:
             self.screen.show(self._log.lines())
-            if self._interrupts and not heard:
-                self.screen.say("Stopping at the next step, with a checkpoint. Ctrl-C again kills.")
-            if self._interrupts == 1:
-                job.stop()                        # again and again: a training that starts up may have cleared it
-            elif self._interrupts > 1 and heard < 2:
+            asked = self._interrupts              # those from before the job began too
+            if asked and not heard:
+                self._stop(job)
+            if asked > 1 and heard < 2:
                 self.screen.say("Killing.")
                 job.kill()
-            heard = self._interrupts
+            heard = asked
             time.sleep(POLL_S)
         self.screen.show(self._log.lines())
         job.close()
         return self._conclude(statuses)
+
+    def _stop(self, job: Job) -> None:
+        try:
+            job.stop()
+            self.screen.say("Stopping at the next step, with a checkpoint. Ctrl-C again kills.")
+        except OSError as error:                  # a disk that takes no file takes no checkpoint either
+            self.screen.say(f"It cannot be asked to stop: {run.why(error)}. Ctrl-C again kills.")
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         self._interrupts += 1

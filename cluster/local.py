@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster import run
 from cluster.plan import Layout, Node, Plan, price, torchrun
-from cluster.run import Refused
+from cluster.run import NEW, Refused, Standing
 from cluster.spec import LOCAL, Config
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -35,10 +35,10 @@ class Here:
     pythonpath: str | None = None                 # where the code is, if not in the current directory
 
 
-def survey(config: Config) -> Here:
-    """Looks at this machine. Raises Refused where the config names a checkpoint that is not here."""
+def survey(config: Config, standing: Standing = NEW) -> Here:
+    """Looks at this machine. Raises Refused where weights to start from are not here."""
     start = config.recipe.init_from
-    if start is not None and not Path(start).exists():
+    if start is not None and standing.step is None and not Path(start).exists():
         raise Refused(f"There is no checkpoint {start}. Give a run's folder (runs/NAME) or one of its "
                       f"checkpoints/step-*")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -84,7 +84,7 @@ def apply(plan: Plan) -> LocalJob:
         if importlib.util.find_spec(module) is None:
             raise Refused(f"{sys.executable} has no {module}. Install what training needs:\n"
                           f"  {sys.executable} -m pip install -r {os.path.relpath(CHECKOUT / 'requirements.txt')}")
-    refuse_if_running(plan.run_dir)
+    refuse_if_running(plan.run_dir, plan.config.recipe.entry)
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     with _lock(plan.run_dir) as lock:
         run.record(plan.run_dir, plan.config.recipe, str(plan), plan.command, plan.overrides, CHECKOUT)
@@ -125,7 +125,7 @@ class LocalJob:
     def poll(self) -> tuple[int, ...] | None:
         statuses = [agent.poll() for agent in self._agents]
         if None not in statuses:
-            _kill(ranks_of(self.plan.run_dir))    # of an agent that was killed itself
+            _kill(self._ranks())                  # of an agent that was killed itself
             return tuple(statuses)
         if any(statuses):                         # the others would wait for it
             now = time.monotonic()
@@ -142,13 +142,17 @@ class LocalJob:
         (self.plan.run_dir / "stop").touch()
 
     def kill(self) -> None:
-        _kill([agent.pid for agent in self._agents if agent.poll() is None] + ranks_of(self.plan.run_dir))
+        _kill([agent.pid for agent in self._agents if agent.poll() is None] + self._ranks())
         self.close()
 
     def close(self) -> None:
+        (self.plan.run_dir / "stop").unlink(missing_ok=True)       # or a trainer started by hand would stop at once
         if self._tensorboard and self._tensorboard.poll() is None:
             self._tensorboard.terminate()
             self._tensorboard.wait()
+
+    def _ranks(self) -> list[int]:
+        return ranks_of(self.plan.run_dir, self.plan.config.recipe.entry)
 
     def _start_tensorboard(self) -> None:
         port = _free_port()
@@ -159,22 +163,22 @@ class LocalJob:
         print(f"TensorBoard until the run ends: http://127.0.0.1:{port}")
 
 
-def refuse_if_running(run_dir: Path) -> None:
+def refuse_if_running(run_dir: Path, entry: str) -> None:
     """Raises Refused where a launch of this run is still going on, or ranks of one whose torchrun was killed."""
     if not (run_dir / "lock").exists():
         return
     with _lock(run_dir):
-        if pids := ranks_of(run_dir):
+        if pids := ranks_of(run_dir, entry):
             raise _running(run_dir, f"ranks without torchrun: {' '.join(map(str, pids))}")
 
 
-def ranks_of(run_dir: Path) -> list[int]:
+def ranks_of(run_dir: Path, entry: str) -> list[int]:
     """Processes that train this run, by their command lines: torchrun puts each into its own session. Linux only."""
-    recipe, pids = os.fsencode(run_dir / "recipe.json"), []
+    tail, pids = [b"-m", entry.encode(), os.fsencode(run_dir / "recipe.json")], []
     for proc in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):        # it ended meanwhile, or it is another user's
             words = (proc / "cmdline").read_bytes().rstrip(b"\0").split(b"\0")
-            if words[-1] == recipe and b"torch.distributed.run" not in words and (proc / "cwd").samefile("."):
+            if words[-3:] == tail and b"torch.distributed.run" not in words and (proc / "cwd").samefile("."):
                 pids.append(int(proc.name))
     return pids
 

@@ -52,7 +52,14 @@ class Plan:
     tensorboard: bool = False
 
     def __post_init__(self):
-        self.config.recipe.batch.total(self.layout.ranks)      # raises ValueError where a rank would get nothing
+        """Raises ValueError where a rank would get nothing, or the run would go on with another batch."""
+        batch, ranks, before = self.config.recipe.batch, self.layout.ranks, self.standing
+        total = batch.total(ranks)
+        if before.ranks is not None and (old := batch.total(before.ranks)) != total:
+            raise ValueError(f"{self.run_dir} went up to step {before.step} with {old} sequences a step, "
+                             f"batch.local_size={batch.local_size} on each of {before.ranks} rank(s). Here it would "
+                             f"have {ranks} rank(s) and {total} sequences: another curve. Go on with {before.ranks} "
+                             f"rank(s), or choose another --name")
 
     @property
     def run_dir(self) -> Path:
@@ -66,7 +73,7 @@ class Plan:
         tokens, steps = total * recipe.tokens_per_sequence, self.steps
         params = f"{recipe.params:,} parameters" if recipe.params else "as many parameters as the vocabulary makes it"
         rows = [
-            ("run", f"{self.run_dir}: {self.standing}"),
+            ("run", f"{self.run_dir}: {self.standing}{self._regrouped}"),
             ("config", f"{self.config_name}: {self.config.about}"),
             *(("set", override) for override in self.overrides),
             ("machines", f"{self.layout.machines} (--backend={self.backend})"),
@@ -81,6 +88,12 @@ class Plan:
             *((f"node {node.rank}", f"{node.address}: {node}") for node in self.layout.nodes),
         ]
         return "\n".join(_row(label, text) for label, text in rows)
+
+    @property
+    def _regrouped(self) -> str:
+        before = self.standing.ranks
+        return "" if before in (None, self.layout.ranks) else (
+            f", with {self.layout.ranks} rank(s) instead of {before}: memories start empty")
 
     @property
     def steps(self) -> int:

@@ -64,6 +64,11 @@ def standing(run_dir: Path, recipe: Recipe) -> Standing:
     return Standing("unfinished", newest.get("step"), newest.get("ranks"), changes=changes)
 
 
+def why(error: OSError) -> str:
+    """'No space left on device: runs/x/plan.txt'."""
+    return f"{error.strerror or error}" + (f": {error.filename}" if error.filename else "")
+
+
 def read_status(run_dir: Path) -> dict[str, Any]:
     """status.json: state, step, message; {} where there is none."""
     try:

@@ -241,8 +241,8 @@ def test_killed_and_stopped_and_resumed_it_ends_where_the_undisturbed_one_did(he
 
 @pytest.mark.slow
 def test_two_machines_are_two_nodes_that_train_together(here):
-    """Without dropout, which differs from rank to rank, they lose what one machine loses: to five digits at first, until
-    Adam has made differences of rounding large."""
+    """Without dropout, which differs from rank to rank, they lose what one machine loses: to five digits at first,
+    until Adam has made differences of rounding large."""
     for name, cores, machines in (("one", 1, []), ("both", None, ["--machines=2"])):
         job = launcher(here, f"--name={name}", *machines, *OPTIONS, "--set=recipe.model.dropout=0", cores=cores)
         out, _ = job.communicate(timeout=180)
@@ -269,6 +269,6 @@ def ranks_in(folder: Path, name: str) -> list[int]:
     before = Path.cwd()
     os.chdir(folder)
     try:
-        return ranks_of(Path("runs", name))
+        return ranks_of(Path("runs", name), "txl.train")
     finally:
         os.chdir(before)

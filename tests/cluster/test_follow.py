@@ -99,7 +99,26 @@ def test_ctrl_c_asks_for_a_stop_and_says_how_to_go_on():
     assert code == 130
     assert text == ("Stopping at the next step, with a checkpoint. Ctrl-C again kills.\n"
                     f"Stopped at step 21 of 60. Go on with:  {COMMAND}\n")
-    assert set(job.calls[:-1]) == {"stop"}
+    assert job.calls == ["stop", "close"]         # asked once: the trainer takes the request away when it has heard it
+
+
+def test_ctrl_c_before_the_nodes_are_started_is_not_lost():
+    job = FakeJob(nothing, nothing, status("stopped", 1))
+    with Follower(PLAN, io.StringIO()) as follower:
+        interrupt()
+        assert follower.follow(job) == 130
+    assert job.calls == ["stop", "close"]
+
+
+def test_where_a_stop_cannot_be_asked_for_ctrl_c_again_still_kills():
+    job = FakeJob(interrupt, nothing, interrupt, nothing, statuses=(-9, -9))
+    def full() -> None:
+        raise OSError(28, "No space left on device", "runs/x/stop")
+    job.stop = full
+    code, text = followed(job)
+    assert code == 130
+    assert text.splitlines()[:2] == [
+        "It cannot be asked to stop: No space left on device: runs/x/stop. Ctrl-C again kills.", "Killing."]
 
 
 def test_a_second_ctrl_c_kills_and_names_the_last_checkpoint():

@@ -12,7 +12,7 @@ import pytest
 
 from cluster import local
 from cluster.plan import Layout, Node, Plan
-from cluster.run import Refused
+from cluster.run import Refused, Standing
 from configs import tiny
 from engine.values import override
 
@@ -101,6 +101,14 @@ def test_stop_asks_by_a_file(jobs):
     assert Path("runs/x/stop").exists()
 
 
+def test_a_request_to_stop_that_nobody_heard_does_not_stop_the_next_training(jobs):
+    job = jobs(FAILS)
+    job.stop()
+    ended(job)
+    job.close()
+    assert not Path("runs/x/stop").exists()
+
+
 def test_a_run_that_is_going_on_is_not_started_again(jobs):
     job = jobs(SLEEPS)
     with pytest.raises(Refused, match=r"runs/x is running: torchrun \d+, started by \d+.*\n.*\n.*touch runs/x/stop"):
@@ -128,22 +136,35 @@ def test_a_run_outlives_its_launcher_and_stays_locked(jobs):
 
 # What torchrun does: ranks in sessions of their own, known by their command line.
 STARTS_A_RANK = ("import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)', "
-                 "'runs/x/recipe.json'], start_new_session=True); time.sleep(60)")
+                 "'-m', 'txl.train', 'runs/x/recipe.json'], start_new_session=True); time.sleep(60)")
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="ranks are found in /proc")
 def test_ranks_do_not_outlive_a_torchrun_that_was_killed(jobs):
     job = jobs(STARTS_A_RANK)
-    rank, = until(lambda: local.ranks_of(Path("runs/x")))
+    rank, = until(lambda: local.ranks_of(Path("runs/x"), "txl.train"))
     os.kill(job._agents[0].pid, signal.SIGKILL)
     assert ended(job) == (-signal.SIGKILL,)
     until(lambda: not alive(rank))
 
 
 @pytest.mark.skipif(not Path("/proc").exists(), reason="ranks are found in /proc")
+@pytest.mark.parametrize("words", [["-f"], ["-m", "txl.evaluate"], ["txl.train"]])
+def test_who_only_looks_at_a_recipe_is_no_rank_and_outlives_the_run(words, jobs):
+    reader = subprocess.Popen([sys.executable, "-c", SLEEPS, *words, "runs/x/recipe.json"], stdout=subprocess.PIPE)
+    try:
+        reader.stdout.readline()
+        assert ended(jobs(ENDS)) == (0,)
+        assert reader.poll() is None
+    finally:
+        reader.kill()
+        reader.communicate()
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="ranks are found in /proc")
 def test_ranks_left_by_torchrun_and_launcher_keep_the_run_from_starting(jobs):
     job = jobs(STARTS_A_RANK)
-    rank, = until(lambda: local.ranks_of(Path("runs/x")))
+    rank, = until(lambda: local.ranks_of(Path("runs/x"), "txl.train"))
     os.kill(job._agents[0].pid, signal.SIGKILL)
     job._agents[0].wait()
     with pytest.raises(Refused, match=f"ranks without torchrun: {rank}"):
@@ -172,8 +193,15 @@ def test_a_missing_checkpoint_is_noticed_before_the_plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
         local.survey(override(tiny, "recipe.init_from=runs/gone"))
+    with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
+        local.survey(override(tiny, "recipe.init_from=runs/gone"), Standing("unfinished"))
     (tmp_path / "runs" / "gone").mkdir(parents=True)
     assert local.survey(override(tiny, "recipe.init_from=runs/gone")).cores >= 1
+
+
+def test_a_run_that_has_a_checkpoint_of_its_own_needs_none_to_start_from():
+    warm = override(tiny, "recipe.init_from=runs/gone")
+    assert local.survey(warm, Standing("unfinished", step=20, ranks=1)).cores >= 1
 
 
 @pytest.mark.parametrize(("visible", "gpus"), [("", ()), ("-1", ()), ("2,3", ("2", "3")), ("GPU-8, 1", ("GPU-8", "1"))])

@@ -97,6 +97,25 @@ def test_uneven_shares_are_shown_as_a_span():
     assert "8 sequences over 3 rank(s), 2 to 3 each, in 1 to 2 micro-batch(es)" in str(plan)
 
 
+def test_a_run_does_not_go_on_with_another_batch():
+    config = override(tiny, "machines.count=2", "recipe.batch.size=none", "recipe.batch.local_size=8")
+    layout = lay_out(config, RUN, LAPTOP)
+    with pytest.raises(ValueError, match=r"runs/x went up to step 40 with 8 sequences a step, batch.local_size=8 on "
+                                         r"each of 1 rank\(s\). Here it would have 2 rank\(s\) and 16 sequences"):
+        Plan("x", "tiny", config, "local", layout, standing=Standing("unfinished", 40, ranks=1))
+    for standing in (Standing("unfinished", 40, ranks=2), Standing("unfinished"), Standing("finished", 60)):
+        Plan("x", "tiny", config, "local", layout, standing=standing)
+
+
+def test_the_same_batch_may_go_on_with_other_ranks_and_the_plan_says_what_that_costs():
+    layout = lay_out(override(tiny, "machines.count=2"), RUN, LAPTOP)
+    plan = Plan("x", "tiny", tiny, "local", layout, standing=Standing("unfinished", 40, ranks=1))
+    assert str(plan).startswith("run       runs/x: goes on from step 40, with 2 rank(s) instead of 1: memories start "
+                                "empty\n")
+    plan = Plan("x", "tiny", tiny, "local", layout, standing=Standing("unfinished", 40, ranks=2))
+    assert str(plan).startswith("run       runs/x: goes on from step 40\n")
+
+
 @pytest.mark.parametrize(("overrides", "steps"), [
     (["recipe.stop.max_steps=7"], 7),
     (["recipe.stop.max_steps=none", "recipe.stop.max_tokens=1000"], 4),            # 256 a step
