@@ -1,8 +1,8 @@
 """Train a config on its machines, or on this one.
 
-    python launch.py --config=one_machine --dry_run          what it would do, and cost
-    python launch.py --config=tiny                           seconds, on this machine
-    python launch.py --config=test_2 --backend=local         two nodes here, over loopback
+    python launch.py --config=one_machine --backend=local --dry_run     what it would do, and cost
+    python launch.py --config=tiny                                      seconds, on this machine
+    python launch.py --config=tiny --machines=2 --name=two              two nodes here, over loopback
     python launch.py --config=tiny --name=mine --set recipe.optim.lr=0.002 --set recipe.stop.max_steps=100
 
 A run is the folder runs/NAME, and the same command again goes on where it stopped. Ctrl-C stops with a checkpoint.
@@ -18,12 +18,12 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from cluster import backends, run
-from cluster.follow import FINISHED, Follower
+from cluster.follow import FAILED, FINISHED, Follower
 from cluster.plan import Plan
-from cluster.run import Refused
+from cluster.run import Broken, Refused
 from cluster.spec import LOCAL, Config
 from configs import CONFIGS
-from engine.cli import flag, misuse, parse
+from engine.cli import flag, misuse, parse, this_python
 from engine.values import BadValue, nearest, override
 
 
@@ -56,13 +56,18 @@ def main(argv: list[str]) -> int:
             return follower.follow(backends.load(plan.backend).apply(plan))
     except (BadValue, Refused) as error:
         misuse(str(error))
+    except Broken as error:
+        print(error, file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        misuse(f"{run.why(error)}. Nothing was started.\n{run.MEND}")
 
 
 def find_config(flags: Flags) -> Config:
     """The config by name, with what the flags change in it. Raises BadValue."""
     if flags.config not in CONFIGS:
         raise BadValue(f"There is no config {flags.config!r}.{nearest(flags.config, CONFIGS)}\n"
-                       f"python launch.py --help lists them.")
+                       f"{this_python()} {os.path.relpath(__file__)} --help lists them.")
     return override(CONFIGS[flags.config], *overrides_of(flags))
 
 
@@ -103,7 +108,7 @@ def command_of(flags: Flags) -> str:
         if value != f.default and f.name != "dry_run":
             words += [f"--{f.name}={x}" for x in value] if isinstance(value, tuple) else \
                      [f"--{f.name}" + (f"={value}" if value is not True else "")]
-    return shlex.join(["python", os.path.relpath(__file__), *words])
+    return shlex.join([this_python(), os.path.relpath(__file__), *words])
 
 
 def list_configs() -> str:

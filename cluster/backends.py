@@ -37,7 +37,7 @@ class Backend(Protocol):
     def lay_out(self, config: Config, run_dir: Path, facts: Any) -> Layout:
         """Which command runs where. Pure."""
     def apply(self, plan: Plan) -> Job:
-        """Carry the plan out. Raises Refused, with nothing left running."""
+        """Carry the plan out. Raises Refused, OSError and, when something had started, Broken; nothing is left."""
 
 
 def load(name: str) -> Backend:

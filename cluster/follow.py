@@ -43,6 +43,14 @@ class Follower:
 
     def follow(self, job: Job) -> int:
         """Shows the log until the run has ended. The exit status for the shell: 0 finished, 1 failed, 130 stopped."""
+        try:
+            statuses = self._until_the_end(job)
+        except OSError as error:
+            job.kill()
+            raise run.Broken(f"{run.why(error)}. The training is killed.\n{run.MEND}") from error
+        return self._conclude(statuses)
+
+    def _until_the_end(self, job: Job) -> tuple[int, ...]:
         heard = 0
         while (statuses := job.poll()) is None:
             self.screen.show(self._log.lines())
@@ -56,7 +64,7 @@ class Follower:
             time.sleep(POLL_S)
         self.screen.show(self._log.lines())
         job.close()
-        return self._conclude(statuses)
+        return statuses
 
     def _stop(self, job: Job) -> None:
         try:
@@ -141,16 +149,21 @@ class Screen:
     def show(self, lines: list[str]) -> None:
         for line in lines:
             if self._in_place and line.startswith(PROGRESS):
-                self._out.write(f"\r\x1b[2K{line[:shutil.get_terminal_size().columns - 1]}")
+                self._write(f"\r\x1b[2K{line[:shutil.get_terminal_size().columns - 1]}")
                 self._progress = True
             else:
                 self.say(line)
-        self._out.flush()
 
     def say(self, text: str) -> None:
-        self._out.write(f"{os.linesep if self._progress else ''}{text}\n")
-        self._out.flush()
+        self._write(f"{os.linesep if self._progress else ''}{text}\n")
         self._progress = False
+
+    def _write(self, text: str) -> None:
+        try:
+            self._out.write(text)
+            self._out.flush()
+        except BrokenPipeError:                   # of `| tee log`, which Ctrl-C ends first: the run still wants its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
 
 def _this_launch(log: Path) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from cluster import run
 from cluster.plan import Layout, Node, Plan, price, torchrun
-from cluster.run import NEW, Refused, Standing
+from cluster.run import NEW, Broken, Refused, Standing
 from cluster.spec import LOCAL, Config
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -116,10 +116,12 @@ class LocalJob:
                       .encode(), 0)
             if self.plan.tensorboard:
                 self._start_tensorboard()
-        except BaseException:
+        except BaseException as error:
             self.kill()
             for agent in self._agents:
                 agent.wait()                      # whoever tries again finds the lock free
+            if self._agents and isinstance(error, OSError):
+                raise Broken(f"{run.why(error)}. What was started is ended again.\n{run.MEND}") from error
             raise
 
     def poll(self) -> tuple[int, ...] | None:
@@ -146,7 +148,8 @@ class LocalJob:
         self.close()
 
     def close(self) -> None:
-        (self.plan.run_dir / "stop").unlink(missing_ok=True)       # or a trainer started by hand would stop at once
+        with contextlib.suppress(OSError):        # an unheard request, on which a later trainer would stop at once
+            (self.plan.run_dir / "stop").unlink()
         if self._tensorboard and self._tensorboard.poll() is None:
             self._tensorboard.terminate()
             self._tensorboard.wait()

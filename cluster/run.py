@@ -17,10 +17,15 @@ from engine.config import Recipe
 from engine.values import BadValue, differences, from_json, to_json
 
 LAUNCHED = "=== launched"                         # how the line begins that a launch writes at the top of a node's log
+MEND = "A run needs a folder below runs/ here that it can write to, and room on the disk. Then the same command again."
 
 
 class Refused(Exception):
     """A launch cannot go on as asked. Nothing was started; the message says what to do."""
+
+
+class Broken(Exception):
+    """A launch failed after something was started. Nothing is left running; the message says what to do."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,9 @@ takes notes.
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
+import shutil
 import sys
 import typing
 from collections.abc import Callable, Iterator
@@ -42,13 +45,26 @@ def parse(flags: type[T], argv: list[str], *, prog: str, about: str, more: Calla
     try:
         return _checked(flags, argv)
     except values.BadValue as error:
-        misuse(f"{error}. The flags: python {prog} --help".replace("?.", "?"))
+        misuse(f"{error}. The flags: {this_python()} {prog} --help".replace("?.", "?"))
 
 
 def misuse(message: str) -> NoReturn:
     """Ends the program as misused: the message on stderr, exit status 2."""
     print(message, file=sys.stderr)
     raise SystemExit(2)
+
+
+def this_python() -> str:
+    """How to type the Python that runs this: `python` where the shell finds it by that name, else its path.
+
+    In a virtual environment only an activated one counts: a script may have put another first on its own PATH.
+    """
+    found, this = shutil.which("python"), os.path.abspath(sys.executable)
+    by_name = found and os.path.dirname(found) == os.path.dirname(this) and os.path.samefile(found, this)
+    if by_name and (sys.prefix == sys.base_prefix or os.environ.get("VIRTUAL_ENV") == sys.prefix):
+        return "python"
+    relative = os.path.relpath(this)
+    return this if relative.startswith(os.pardir) or os.sep not in relative else relative
 
 
 def _checked(flags: type[T], argv: list[str]) -> T:
@@ -105,7 +121,8 @@ def _numbered(argv: list[str]) -> Iterator[str]:
 
 
 def _help(flags: type, prog: str, about: str) -> str:
-    lines = [about.strip(), "", f"Flags of {prog}:"]
+    examples = re.sub(r"^( +)python ", lambda indent: f"{indent[1]}{this_python()} ", about.strip(), flags=re.MULTILINE)
+    lines = [examples, "", f"Flags of {prog}:"]
     for f in dataclasses.fields(flags):
         kind = typing.get_type_hints(flags)[f.name]
         lines.append(f"  --{f.name + ('' if kind is bool else '=' + _placeholder(kind)):<24} {f.metadata['about']}")

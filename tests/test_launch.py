@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 import launch
+from cluster import local, run
 from cluster.local import ranks_of
+from cluster.plan import Plan
 from configs import CONFIGS
 
 CHECKOUT = Path(__file__).parents[1]
@@ -61,9 +64,9 @@ def launched(*argv: str) -> int | None:
     (["--config=tiny", f"--name={'a' * 64}"], "cannot be a run's name"),
     (["--config=tiny", "--backend=slurn"], "There is no backend 'slurn'; there is: local."),
     (["--config=test_2"], "There is no backend 'aws'; there is: local. On this machine:\n"
-                          "  python launch.py --config=test_2 --backend=local"),
-    (["--config=tiny", "--instance_type=c5.xlarge", "--machines=2"], "python launch.py --config=tiny --machines=2 "
-                                                                     "--instance_type=c5.xlarge --backend=local"),
+                          "  "), (["--config=test_2"], " launch.py --config=test_2 --backend=local"),
+    (["--config=tiny", "--instance_type=c5.xlarge", "--machines=2"],
+     "launch.py --config=tiny --machines=2 --instance_type=c5.xlarge --backend=local"),
     (["--config=tiny", "--checkpoint=runs/gone"], "There is no checkpoint runs/gone"),
 ])
 @pytest.mark.parametrize("dry_run", [[], ["--dry_run"]])
@@ -101,10 +104,68 @@ def test_an_unheard_of_instance_type_is_a_note_not_an_error(empty, capsys):
     assert "c5.xlarge is not in the table" in capsys.readouterr().out
 
 
-def test_the_command_to_copy_leads_to_the_same_plan(empty):
-    argv = ["--dry-run", "--set", "recipe.seed=7", "--config", "tiny", "--set=recipe.data.dir=my data", "--nospot"]
-    command = launch.command_of(launch.parse(launch.Flags, argv, prog="", about=""))
-    assert command.endswith("launch.py --config=tiny --nospot --set=recipe.seed=7 '--set=recipe.data.dir=my data'")
+def test_the_command_to_copy_leads_to_the_same_plan(empty, monkeypatch):
+    monkeypatch.setattr(local, "_free_port", lambda: 6000)
+    (empty / "my run").mkdir()
+
+    def planned(argv: list[str]) -> Plan:
+        flags = launch.parse(launch.Flags, argv, prog="", about="")
+        return launch.make_plan(flags, launch.find_config(flags))
+
+    plan = planned(["--dry-run", "--set", "recipe.seed=7", "--config", "tiny", "--set=recipe.data.dir=my data",
+                    "--nospot", "--checkpoint=my run", "--machines=2", "--launch-tensorboard", "--name=a",
+                    "--backend", "local"])
+    _, script, *argv = shlex.split(plan.command)
+    assert (Path(script).resolve(), len(argv)) == (CHECKOUT / "launch.py", 9)
+    assert planned(argv) == plan
+
+
+EXAMPLES = re.findall(r"^    python launch\.py (.*?)(?:   .*)?$", launch.__doc__, re.MULTILINE)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_the_commands_at_the_top_of_the_file_can_be_copied(example, empty, capsys):
+    assert launched(*shlex.split(example), *["--dry_run"] * ("--dry_run" not in example)) == 0
+    assert len(EXAMPLES) >= 4
+
+
+def test_another_number_of_ranks_does_not_change_the_batch_under_a_run(empty, capsys):
+    local_size = ["--config=tiny", "--set=recipe.batch.size=none", "--set=recipe.batch.local_size=8"]
+    flags = launch.parse(launch.Flags, local_size, prog="", about="")
+    run.record(empty / "runs/tiny", launch.find_config(flags).recipe, "", "", (), empty)
+    checkpoint = empty / "runs/tiny/checkpoints/step-00000020"
+    checkpoint.mkdir(parents=True)
+    meta = {"step": 20, "ranks": 1, "valid_loss": None, "vocabulary": "", "files": {}}
+    (checkpoint / "meta.json").write_text(json.dumps(meta))
+    assert launched(*local_size, "--dry_run") == 0
+    assert launched(*local_size, "--dry_run", "--machines=2") == 2
+    assert "Go on with 1 rank(s), or choose another --name" in capsys.readouterr().err
+
+
+def make(path: str, kind: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).touch() if kind == "file" else Path(path).mkdir()
+
+
+@pytest.mark.parametrize(("path", "kind", "message"), [
+    ("runs", "file", "Not a directory: runs/tiny/recipe.json. Nothing was started.\nA run needs a folder below runs/"),
+    ("runs/tiny/recipe.json", "folder", "runs/tiny/recipe.json is not a recipe that this version reads: "),
+    ("runs/tiny/lock", "folder", "Is a directory: runs/tiny/lock. Nothing was started.\n"),
+    ("runs/tiny/plan.txt", "folder", "Is a directory: runs/tiny/.plan.txt.partial. Nothing was started.\n"),
+    ("runs/tiny/logs/node-0.log", "folder", "Is a directory: runs/tiny/logs/node-0.log. Nothing was started.\n"),
+])
+def test_a_folder_that_cannot_be_used_is_said_in_a_line(path, kind, message, empty, capsys):
+    make(path, kind)
+    assert launched("--config=tiny") == 2
+    assert message in capsys.readouterr().err
+
+
+def test_what_had_started_before_a_failure_is_ended(empty, capsys):
+    make("runs/tiny/logs/node-1.log", "folder")
+    assert launched("--config=tiny", "--machines=2") == 1
+    assert capsys.readouterr().err.startswith("Is a directory: runs/tiny/logs/node-1.log. What was started is ended")
+    local.refuse_if_running(Path("runs/tiny"), "txl.train")
+    assert "=== launched" in Path("runs/tiny/logs/node-0.log").read_text()
 
 
 def test_help_lists_every_config_with_machines_gpus_model_and_price(capsys):
@@ -228,7 +289,7 @@ def test_killed_and_stopped_and_resumed_it_ends_where_the_undisturbed_one_did(he
     assert second.returncode == 130
     assert re.search(r"goes on from step [24681]\d*0", out)
     assert "Stopping at the next step, with a checkpoint. Ctrl-C again kills." in out
-    stopped = re.search(r"Stopped at step (\d+) of 150. Go on with:  python .*launch.py --config=tiny --name=disturbed "
+    stopped = re.search(r"Stopped at step (\d+) of 150. Go on with:  \S+ .*launch.py --config=tiny --name=disturbed "
                         + re.escape(" ".join(OPTIONS[1:])), out)
     assert 20 <= int(stopped.group(1)) < 150
 
@@ -262,7 +323,7 @@ def test_a_training_that_fails_says_why_and_how_to_go_on(here):
     assert failing.returncode == 1
     assert "Rank 0 failed first: it ended with status 1." in out
     assert "data/nowhere" in out.partition("Rank 0 failed first")[0].partition("node 0")[2]
-    assert "There is no checkpoint yet. Once it is mended, go on with:  python " in out
+    assert re.search(r"There is no checkpoint yet. Once it is mended, go on with:  \S*python\S* \S*launch.py --config", out)
 
 
 def ranks_in(folder: Path, name: str) -> list[int]:

@@ -11,6 +11,7 @@ import pytest
 from cluster import follow
 from cluster.follow import Follower, Screen, Tail
 from cluster.plan import Layout, Node, Plan
+from cluster.run import Broken
 from configs import tiny
 
 COMMAND = "python launch.py --config=tiny"
@@ -202,6 +203,23 @@ def test_on_a_terminal_progress_takes_the_place_of_the_line_before(monkeypatch):
     screen.show(["start", "step 1/3 | loss 5", "step 2/3", "valid", "step 3/3"])
     screen.say("end")
     assert out.getvalue() == "start\n\r\x1b[2Kstep 1/3 | \r\x1b[2Kstep 2/3\nvalid\n\r\x1b[2Kstep 3/3\nend\n"
+
+
+def test_a_screen_that_is_gone_does_not_end_the_following():
+    """Ctrl-C on `launch.py | tee log` ends tee too, and the run must still be asked to stop."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    job = FakeJob(interrupt, nothing, status("stopped", 1))
+    with os.fdopen(writer, "w") as screen, Follower(PLAN, screen) as follower:
+        assert follower.follow(job) == 130
+    assert job.calls == ["stop", "close"]
+
+
+def test_a_folder_that_cannot_be_read_any_more_ends_the_training():
+    job = FakeJob(nothing, lambda: Path("runs/x/logs/rank-0.log").mkdir(), nothing)
+    with pytest.raises(Broken, match=r"Is a directory: runs/x/logs/rank-0.log. The training is killed"):
+        followed(job)
+    assert job.calls == ["kill"]
 
 
 def test_a_tail_waits_for_its_file_and_for_whole_lines(tmp_path):

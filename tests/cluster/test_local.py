@@ -12,7 +12,7 @@ import pytest
 
 from cluster import local
 from cluster.plan import Layout, Node, Plan
-from cluster.run import Refused, Standing
+from cluster.run import Broken, Refused, Standing
 from configs import tiny
 from engine.values import override
 
@@ -184,7 +184,7 @@ def test_a_command_that_cannot_be_started_leaves_nothing_running(jobs):
     plan = plan_of(SLEEPS, ENDS)
     broken = Node(1, "127.0.0.1", 1, {}, ("/no/such/python",))
     plan = Plan("x", "tiny", tiny, "local", Layout((plan.layout.nodes[0], broken), "", "", ""))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(Broken, match=r"No such file or directory: /no/such/python\. What was started is ended again"):
         local.apply(plan)
     assert ended(jobs(ENDS)) == (0,)                                              # the lock is free
 

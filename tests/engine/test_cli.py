@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from engine.cli import flag, parse
+from engine import cli
+from engine.cli import flag, parse, this_python
 
 
 @dataclass(frozen=True)
@@ -93,3 +96,47 @@ Flags of prog.py:
   --set=TEXT                 may be repeated
 And more.
 """
+
+
+@pytest.fixture
+def env(tmp_path, monkeypatch):
+    """A virtual environment at .venv whose Python runs this, first on the PATH but not activated."""
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    for name in ("python", "python3.11"):
+        (tmp_path / ".venv" / "bin" / name).symlink_to(Path(sys.executable).resolve())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python3.11"))
+    monkeypatch.setattr(sys, "prefix", str(tmp_path / ".venv"))
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    monkeypatch.setenv("PATH", str(tmp_path / ".venv" / "bin"))
+    monkeypatch.delenv("VIRTUAL_ENV", raising=False)
+    return tmp_path
+
+
+def test_only_in_an_activated_environment_is_python_called_python(env, monkeypatch):
+    assert this_python() == ".venv/bin/python3.11"
+    monkeypatch.setenv("VIRTUAL_ENV", str(env / ".venv"))
+    assert this_python() == "python"
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert this_python() == ".venv/bin/python3.11"
+
+
+def test_outside_environments_python_is_called_python_where_the_shell_finds_this_one(env, monkeypatch):
+    monkeypatch.setattr(sys, "base_prefix", sys.prefix)
+    assert this_python() == "python"
+    (env / ".venv" / "bin" / "python").unlink()
+    assert this_python() == ".venv/bin/python3.11"
+    monkeypatch.chdir("/")
+    monkeypatch.setattr(sys, "executable", "/elsewhere/bin/python")
+    monkeypatch.chdir(env)
+    assert this_python() == "/elsewhere/bin/python"
+
+
+def test_examples_and_the_way_to_help_name_the_python_that_runs(monkeypatch, capsys):
+    monkeypatch.setattr(cli, "this_python", lambda: "env/python")
+    with pytest.raises(SystemExit):
+        parse(Flags, ["--help"], prog="prog.py", about="Trains.\n\n    python prog.py --config=a     in python\n")
+    assert "\n    env/python prog.py --config=a     in python\n" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        parsed()
+    assert "The flags: env/python prog.py --help" in capsys.readouterr().err
