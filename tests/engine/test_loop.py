@@ -3,8 +3,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from dataclasses import replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -109,11 +111,14 @@ def final_weights(folder):
     return checkpoint.complete(folder / "checkpoints")[-1].shared()["model"]
 
 
+# No dropout, which differs by rank; no clipping, which would hide a gradient of the wrong size; no Adam, likewise.
+PLAIN = replace(RECIPE, model=replace(RECIPE.model, dropout=0.0, dropatt=0.0), optim=Optim("sgd", lr=0.2, clip=None))
+
+
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_several_ranks_equal_one_rank_with_the_whole_batch(tmp_path, ranks):
-    """Also where the ranks' shares differ: 5 sequences on 2 ranks, 5 on 3. SGD, for Adam would magnify rounding."""
-    recipe = replace(RECIPE, model=replace(RECIPE.model, dropout=0.0, dropatt=0.0), batch=Batch(size=5),
-                     optim=Optim("sgd", lr=0.5))
+    """Also where the ranks' shares differ: 5 sequences on 2 ranks, 5 on 3."""
+    recipe = replace(PLAIN, batch=Batch(size=5))
     train_here(tmp_path / "one", recipe)
     run_ranks(ranks, train_here, tmp_path / "many", recipe)
     for name, weight in final_weights(tmp_path / "one").items():
@@ -124,19 +129,40 @@ def test_several_ranks_equal_one_rank_with_the_whole_batch(tmp_path, ranks):
 
 
 def test_local_batches_of_two_ranks_equal_twice_the_batch_on_one(tmp_path):
-    recipe = replace(RECIPE, model=replace(RECIPE.model, dropout=0.0, dropatt=0.0), optim=Optim("sgd", lr=0.5))
-    train_here(tmp_path / "one", replace(recipe, batch=Batch(local_size=6)))
-    run_ranks(2, train_here, tmp_path / "two", replace(recipe, batch=Batch(local_size=3)))
+    train_here(tmp_path / "one", replace(PLAIN, batch=Batch(local_size=6)))
+    run_ranks(2, train_here, tmp_path / "two", replace(PLAIN, batch=Batch(local_size=3)))
     for name, weight in final_weights(tmp_path / "one").items():
         assert_close(final_weights(tmp_path / "two")[name], weight, rtol=1e-3, atol=1e-5)
 
 
 def test_accumulated_micro_batches_equal_the_whole_batch(tmp_path):
-    recipe = replace(RECIPE, model=replace(RECIPE.model, dropout=0.0, dropatt=0.0), optim=Optim("sgd", lr=0.5))
-    train_here(tmp_path / "whole", replace(recipe, batch=Batch(size=5)))
-    train_here(tmp_path / "pieces", replace(recipe, batch=Batch(size=5, micro_size=2)))
+    train_here(tmp_path / "whole", replace(PLAIN, batch=Batch(size=5)))
+    train_here(tmp_path / "pieces", replace(PLAIN, batch=Batch(size=5, micro_size=2)))
     for name, weight in final_weights(tmp_path / "whole").items():
         assert_close(final_weights(tmp_path / "pieces")[name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_ranks_drop_out_differently(tmp_path):
+    run_ranks(2, train_here, tmp_path, RECIPE, None, 1)
+    first, second = (checkpoint.complete(tmp_path / "checkpoints")[0].of_rank(rank)["cpu_rng"] for rank in (0, 1))
+    assert not torch.equal(first, second)
+
+
+class Watching(TransformerXLTask):
+    memories: ClassVar[list] = []
+
+    def loss(self, model, segment, memory):
+        self.memories.append(memory)
+        return super().loss(model, segment, memory)
+
+
+def test_memory_begins_empty_with_each_epoch_and_only_then(tmp_path):
+    """An epoch has 11 steps, each of two micro-batches with memories of their own."""
+    recipe = replace(RECIPE, batch=Batch(size=4, micro_size=2), stop=Stop(max_steps=23))
+    Watching.memories.clear()
+    with world() as w:
+        train(w, Watching(recipe, corpus()), recipe, Run(tmp_path, w))
+    assert [i for i, memory in enumerate(Watching.memories) if memory is None] == [0, 1, 22, 23, 44, 45]
 
 
 def test_a_run_of_two_ranks_goes_on_with_one(tmp_path):
@@ -165,6 +191,31 @@ def test_it_stops_when_it_says_and_tests_once_with_the_best_weights(tmp_path):
     status = json.loads((tmp_path / "status.json").read_text())
     assert status["state"] == "finished"
     assert f"{math.exp(outcome.test.loss):.3f}" in status["message"]
+
+
+class Worsening(TransformerXLTask):
+    """Validation is worse each time, so the first checkpoint stays the best."""
+    seen: ClassVar[list] = []
+
+    def evaluate(self, model, split, world):
+        score = super().evaluate(model, split, world)
+        self.seen.append(split)
+        return replace(score, nats=1000.0 * len(self.seen)) if split == "valid" else score
+
+
+def test_the_test_is_of_the_best_weights_not_of_the_last(tmp_path):
+    Worsening.seen.clear()
+    with world() as w:
+        outcome = train(w, Worsening(RECIPE, corpus()), RECIPE, Run(tmp_path, w))
+        task = TransformerXLTask(RECIPE, corpus())
+        losses = {}
+        for found in checkpoint.complete(tmp_path / "checkpoints"):
+            net = task.build().eval()
+            net.load_state_dict(found.shared()["model"])
+            losses[found.step] = task.evaluate(net, "test", w).loss
+    assert Worsening.seen == ["valid", "valid", "test"]
+    assert outcome.test.loss == pytest.approx(losses[10])
+    assert outcome.test.loss != pytest.approx(losses[20])
 
 
 def test_a_finished_run_started_again_changes_nothing(tmp_path):
@@ -207,6 +258,18 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_tensor(tmp
         train_here(tmp_path, replace(RECIPE, optim=replace(RECIPE.optim, lr=1e30, clip=None)))
     newest = checkpoint.complete(tmp_path / "checkpoints")[-1]
     assert all(torch.isfinite(x).all() for x in newest.shared()["model"].values())
+
+
+def test_the_step_and_tensor_named_are_those_where_it_began(tmp_path):
+    """However long it goes unnoticed: looking at every step and looking after twenty name the same."""
+    def message(log_interval):
+        recipe = replace(RECIPE, optim=Optim("sgd", lr=1e18, clip=None), divergence_nats=1e30,
+                         clock=Clock(log_interval=log_interval, checkpoint_interval=1000))
+        with pytest.raises(Diverged) as diverged:
+            train_here(tmp_path / str(log_interval), recipe)
+        said = re.match(r"At step (\d+) the loss of rank 0 was \S+, and (the gradient of \S+)", str(diverged.value))
+        return said.groups()
+    assert message(1) == message(20)
 
 
 def test_a_loss_that_runs_away_stops_the_run(tmp_path):
@@ -324,8 +387,7 @@ def test_tensorboard_has_cybertronais_tags_over_global_tokens(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_layers_lose_what_plain_ones_lose(tmp_path):
-    recipe = replace(RECIPE, model=replace(RECIPE.model, dropout=0.0, dropatt=0.0), stop=Stop(max_steps=6),
-                     optim=Optim("sgd", lr=0.5))
+    recipe = replace(PLAIN, stop=Stop(max_steps=6))
     train_here(tmp_path / "plain", recipe)
     train_here(tmp_path / "compiled", replace(recipe, clock=replace(recipe.clock, compile=True)))
     for plain, compiled in zip(losses(tmp_path / "plain"), losses(tmp_path / "compiled")):

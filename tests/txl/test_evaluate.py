@@ -149,5 +149,5 @@ def test_samples_repeat_with_their_seed_and_begin_with_the_prompt(run, capsys):
 
 
 def test_the_likeliest_continuation_is_what_the_text_always_says(run, capsys):
-    generate.main([f"--run={run}", "--prompt=the quick", "--length=1", "--temperature=0"])
-    assert capsys.readouterr().out.split() == ["the", "quick", "brown"]
+    generate.main([f"--run={run}", "--prompt=the quick", "--length=4", "--temperature=0"])
+    assert capsys.readouterr().out.split() == ["the", "quick", "brown", "fox", "jumps", "over"]
