@@ -21,6 +21,15 @@ from cluster.run import NEW, Broken, Refused, Standing
 from cluster.spec import LOCAL, Config
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+# TensorBoard for as long as somebody holds the lock on its standard input: no launcher need be left to end it.
+TENSORBOARD = """
+import fcntl, subprocess, sys
+tensorboard = subprocess.Popen([sys.executable, "-m", "tensorboard.main", *sys.argv[1:]], stdin=subprocess.DEVNULL)
+fcntl.flock(0, fcntl.LOCK_SH)
+fcntl.flock(0, fcntl.LOCK_UN)
+tensorboard.terminate()
+tensorboard.wait()
+"""
 GRACE_S = 15                                      # between asking the nodes that are left to end and ending them
 
 
@@ -151,7 +160,7 @@ class LocalJob:
         with contextlib.suppress(OSError):        # an unheard request, on which a later trainer would stop at once
             (self.plan.run_dir / "stop").unlink()
         if self._tensorboard and self._tensorboard.poll() is None:
-            self._tensorboard.terminate()
+            os.killpg(self._tensorboard.pid, signal.SIGTERM)
             self._tensorboard.wait()
 
     def _ranks(self) -> list[int]:
@@ -159,11 +168,12 @@ class LocalJob:
 
     def _start_tensorboard(self) -> None:
         port = _free_port()
-        with open(self.plan.run_dir / "logs" / "tensorboard.log", "ab") as log:
+        with open(self.plan.run_dir / "logs" / "tensorboard.log", "ab") as log, \
+             open(self.plan.run_dir / "lock", "rb") as lock:
             self._tensorboard = subprocess.Popen(
-                [sys.executable, "-m", "tensorboard.main", f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
-                 f"--port={port}"], stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        print(f"TensorBoard until the run ends: http://127.0.0.1:{port}")
+                [sys.executable, "-c", TENSORBOARD, f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
+                 f"--port={port}"], stdin=lock, stdout=log, stderr=log, start_new_session=True)
+        print(f"TensorBoard until the run ends: http://127.0.0.1:{port}", flush=True)
 
 
 def refuse_if_running(run_dir: Path, entry: str) -> None:

@@ -2,10 +2,12 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -22,10 +24,11 @@ FAILS = "import sys; sys.exit('no such luck')"
 DEAF = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('here', flush=True); time.sleep(60)"
 
 
-def plan_of(*scripts: str, name: str = "x") -> Plan:
+def plan_of(*scripts: str, name: str = "x", tensorboard: bool = False) -> Plan:
     nodes = tuple(Node(i, "127.0.0.1", 1, {"WHO": f"node {i}"}, (sys.executable, "-c", script))
                   for i, script in enumerate(scripts))
-    return Plan(name, "tiny", tiny, "local", Layout(nodes, "", "", ""), command="python launch.py --config=tiny")
+    return Plan(name, "tiny", tiny, "local", Layout(nodes, "", "", ""), command="python launch.py --config=tiny",
+                tensorboard=tensorboard)
 
 
 @pytest.fixture
@@ -171,6 +174,38 @@ def test_ranks_left_by_torchrun_and_launcher_keep_the_run_from_starting(jobs):
         jobs(ENDS)
     job.kill()
     until(lambda: not alive(rank))
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as page:
+            return b"TensorBoard" in page.read()
+    except OSError:
+        return False
+
+
+def test_tensorboard_is_there_until_the_run_ends(jobs, capsys):
+    job = jobs(SLEEPS, tensorboard=True)
+    url = re.search(r"TensorBoard until the run ends: (http://127\.0\.0\.1:\d+)\n", capsys.readouterr().out)[1]
+    until(lambda: answers(url), limit_s=60)
+    os.kill(job._agents[0].pid, signal.SIGTERM)
+    assert ended(job) == (-signal.SIGTERM,)
+    job.close()
+    until(lambda: not answers(url))
+
+
+def test_tensorboard_ends_with_the_run_where_no_launcher_is_left(jobs):
+    launcher = ("import os; from cluster import local; from tests.cluster.test_local import SLEEPS, plan_of; "
+                "local.apply(plan_of(SLEEPS, tensorboard=True)); os.kill(os.getpid(), 9)")
+    done = subprocess.run([sys.executable, "-c", launcher], env=os.environ | {"PYTHONPATH": str(local.CHECKOUT)},
+                          stdout=subprocess.PIPE, text=True, check=False)
+    agent = int(Path("runs/x/lock").read_text().split()[1].rstrip(","))
+    try:
+        until(lambda: answers(done.stdout.split()[-1]), limit_s=60)
+    finally:
+        os.kill(agent, signal.SIGKILL)
+    until(lambda: not answers(done.stdout.split()[-1]))
+    assert ended(jobs(ENDS)) == (0,)                                              # the lock is free
 
 
 def test_without_torch_nothing_is_made(jobs, monkeypatch):
