@@ -144,8 +144,9 @@ def _write(path: Path, state: dict[str, Any]) -> None:
     with open(path, "wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:              # torch's zip writer reports a full disk this way
-            raise OSError(str(error)) from error
+        except RuntimeError as error:              # torch's writer covers what the disk said with a complaint of its own
+            said = error.__context__
+            raise said if isinstance(said, OSError) else OSError(str(error)) from error
         file.flush()
         os.fsync(file.fileno())
 

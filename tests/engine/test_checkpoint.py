@@ -155,6 +155,12 @@ def test_a_full_disk_is_an_error_and_earlier_checkpoints_stay(tmp_path):
     assert not list(tmp_path.glob(".step-*"))
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_what_the_disk_says_is_not_lost_in_what_torch_says_of_it():
+    with pytest.raises(OSError, match="No space left on device"):
+        checkpoint._write(Path("/dev/full"), {"x": torch.zeros(1_000_000)})
+
+
 def _save_with_one_full_disk(folder):
     from engine.world import world
     with world() as w:
