@@ -144,7 +144,7 @@ def _write(path: Path, state: dict[str, Any]) -> None:
     with open(path, "wb") as file:
         try:
             torch.save(state, file)
-        except RuntimeError as error:              # torch's writer covers what the disk said with a complaint of its own
+        except RuntimeError as error:              # torch's writer hides what the disk said behind its own complaint
             said = error.__context__
             raise said if isinstance(said, OSError) else OSError(str(error)) from error
         file.flush()
