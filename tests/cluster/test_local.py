@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 import pytest
@@ -180,7 +181,7 @@ def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as page:
             return b"TensorBoard" in page.read()
-    except OSError:
+    except (OSError, HTTPException):              # the second where it ends in the middle of an answer
         return False
 
 
@@ -204,7 +205,7 @@ def test_tensorboard_ends_with_the_run_where_no_launcher_is_left(jobs):
         until(lambda: answers(done.stdout.split()[-1]), limit_s=60)
     finally:
         os.kill(agent, signal.SIGKILL)
-    until(lambda: not answers(done.stdout.split()[-1]))
+    until(lambda: not alive(agent) and not answers(done.stdout.split()[-1]))
     assert ended(jobs(ENDS)) == (0,)                                              # the lock is free
 
 
