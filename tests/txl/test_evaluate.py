@@ -45,7 +45,7 @@ def test_the_table_compares_unigram_no_memory_and_memory(run, capsys):
     out = capsys.readouterr().out
     unigram, without, with_memory = (
         float(re.search(rf"^{name}\s+(\d+\.\d+)", out, re.MULTILINE)[1])
-        for name in ("a unigram model", "this model without memory", "this model"))
+        for name in ("a unigram model", "this model without memory", "this model with memory"))
     assert with_memory < without < unigram
     tested = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
     assert tested["kind"] == "test"
