@@ -81,7 +81,8 @@ def table(trained: Trained, split: str, context: Context, w: World) -> str:
         with_memory = evaluate(trained.net, corpus, split, context, recipe.eval_streams, w)
         without = evaluate(trained.net, corpus, split, replace(context, mem_len=0), recipe.eval_streams, w)
     unigram = unigram_nats(corpus.splits["train"], corpus.splits[split], corpus.n_token)
-    rows = [("a unigram model", unigram), ("this model without memory", without.nats), ("this model with memory", with_memory.nats)]
+    rows = [("a unigram model", unigram), ("this model without memory", without.nats),
+            ("this model with memory", with_memory.nats)]
     lines = [f"{split} of {recipe.data.dir}, {with_memory.tokens:,} tokens of a vocabulary of {corpus.n_token:,}",
              f"{'':<28}{'perplexity':>12}{'of unigram':>12}{'bits per byte':>15}"]
     for name, nats in rows:
