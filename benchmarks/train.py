@@ -142,9 +142,11 @@ def _clock(w: World) -> float:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
-                          cwd=Path(__file__).parent)
-    return done.stdout.strip() or "unknown"
+    """The commit, and whether anything but the table differs from it."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=TABLE.parent).stdout.strip()
+    changed = git("status", "--porcelain", "--", ":/", f":!{TABLE.name}")
+    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 if __name__ == "__main__":
