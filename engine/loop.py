@@ -96,12 +96,10 @@ class _Training:
         steps = self.task.steps(self.world, progress.position)
         requested = self.world.any_later(self.run.stop_requested())
         while not stop.reached(progress.step, progress.tokens):
-            if requested():
-                return self._stopped()
             with self.timed.part("load"):
                 step = next(steps)
             self._step(step)
-            # Answered one step late: asking every rank overlaps with the next step instead of waiting for it
+            stops = requested()                    # asked before this step, so that asking all ranks hides behind it
             requested = self.world.any_later(self.run.stop_requested())
             ends = stop.reached(progress.step, progress.tokens)
             if progress.step % clock.log_interval == 0 or ends:
@@ -110,6 +108,9 @@ class _Training:
                 self._validate()
             elif progress.step % clock.checkpoint_interval == 0:
                 self._save(valid_loss=None)
+            if stops and not ends:
+                requested()
+                return self._stopped()
         requested()
         return self._finished()
 

@@ -312,7 +312,7 @@ def test_fp16_learns_as_fp32_does(tmp_path):
 
 def test_fp16_skips_a_step_that_overflows_and_goes_on(tmp_path):
     """A loss scale far too large makes the first gradients overflow; they are skipped, and the scale comes down."""
-    train_here(tmp_path, FP16, stop_after=0)
+    train_here(tmp_path, FP16, stop_after=1)
     start = checkpoint.complete(tmp_path / "checkpoints")[0]
     state = start.shared()
     before = {name: x.clone() for name, x in state["model"].items()}

@@ -41,8 +41,8 @@ class StopAt(Run):
         self.asked, self.steps = -1, steps
 
     def stop_requested(self) -> bool:
-        self.asked += 1                                           # asked before the first step and after every one
-        return self.steps is not None and self.world.rank == self.world.size - 1 and self.asked >= self.steps
+        self.asked += 1                                           # for the first time before the first step
+        return self.steps is not None and self.world.rank == self.world.size - 1 and self.asked >= self.steps - 1
 
 
 def train_here(folder: Path, recipe: Recipe = RECIPE, data: SimpleNamespace | None = None,
