@@ -1,7 +1,7 @@
 # The commands of a working day. Each uses the environment that the scripts make.
 .PHONY: check smoke bench
 
-check:                       ## lint, and the tests that take no more than a minute
+check:                       ## lint, types, and the tests that take no more than a minute
 	bash run_tests.sh -m "not slow"
 
 smoke:                       ## the smallest config on two machines that are both this one

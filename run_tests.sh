@@ -4,4 +4,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source environment.sh
 ruff check .
+mypy
 exec python -m pytest "$@"

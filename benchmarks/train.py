@@ -16,6 +16,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -23,13 +24,13 @@ import torch
 from configs import CONFIGS
 from engine import optim
 from engine.cli import flag, misuse, parse
-from engine.config import Recipe
 from engine.metrics import peak_flops
 from engine.precision import precision_for
 from engine.run import processor
 from engine.task import Position
 from engine.values import BadValue, nearest, override
 from engine.world import World, world
+from txl.config import Recipe
 from txl.task import TransformerXLTask
 
 TABLE = Path(__file__).with_name("train.md")
@@ -68,7 +69,7 @@ def main(argv: list[str]) -> int:
     if flags.config not in CONFIGS:
         misuse(f"There is no config {flags.config!r}.{nearest(flags.config, CONFIGS)}")
     try:
-        recipe = override(CONFIGS[flags.config], *flags.set).recipe
+        recipe = cast(Recipe, override(CONFIGS[flags.config], *flags.set).recipe)
     except BadValue as error:
         misuse(str(error))
     with world() as w:
@@ -92,7 +93,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def corpus(recipe: Recipe) -> SimpleNamespace:
+def corpus(recipe: Recipe) -> Any:
     """Tokens whose frequencies fall like 1/rank (Zipf), as those of natural text do."""
     n_token = recipe.data.n_token or 256
     weights = 1 / np.arange(1, n_token + 1)
@@ -109,7 +110,8 @@ def measure(recipe: Recipe, w: World, rounds: int, steps: int) -> Timing:
     parameters = list(model.parameters())
     optimizer = optim.build(model.named_parameters(), recipe.optim, recipe.optim.peak_lr(recipe.batch.total(w.size)))
     data = task.steps(w, Position())
-    carries, timings, tokens = [], [], 0
+    carries: list[Any] = []
+    timings: list[tuple[float, float, float]] = []
     for _ in range(rounds + 1):
         parts, tokens = [0.0, 0.0, 0.0], 0
         for _ in range(steps):
@@ -130,7 +132,7 @@ def measure(recipe: Recipe, w: World, rounds: int, steps: int) -> Timing:
             optimizer.zero_grad(set_to_none=True)
             parts[2] += _clock(w) - clock
             tokens += step.tokens
-        timings.append(tuple(parts))
+        timings.append((parts[0], parts[1], parts[2]))
     return Timing(timings[1:], tokens)
 
 

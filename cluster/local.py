@@ -135,9 +135,10 @@ class LocalJob:
 
     def poll(self) -> tuple[int, ...] | None:
         statuses = [agent.poll() for agent in self._agents]
-        if None not in statuses:
+        ended = tuple(status for status in statuses if status is not None)
+        if len(ended) == len(statuses):
             _kill(self._ranks())                  # of an agent that was killed itself
-            return tuple(statuses)
+            return ended
         if any(statuses):                         # the others would wait for it
             now = time.monotonic()
             if self._kill_at is None:

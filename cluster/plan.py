@@ -100,8 +100,8 @@ class Plan:
         """Steps from the first to the last."""
         stop, recipe = self.config.recipe.stop, self.config.recipe
         tokens = recipe.batch.total(self.layout.ranks) * recipe.tokens_per_sequence
-        return min([stop.max_steps] * (stop.max_steps is not None)
-                   + [-(-(stop.max_tokens or 0) // tokens)] * (stop.max_tokens is not None))
+        ends = [stop.max_steps, None if stop.max_tokens is None else -(-stop.max_tokens // tokens)]
+        return min(end for end in ends if end is not None)
 
 
 def torchrun(python: str, entry: str, recipe: Path, *, nnodes: int, node_rank: int, ranks: int, master_addr: str,

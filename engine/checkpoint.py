@@ -102,8 +102,8 @@ def read(path: Path) -> Checkpoint:
 
 def best(checkpoints: list[Checkpoint]) -> Checkpoint | None:
     """The one with the lowest validation loss; where none was evaluated, the newest."""
-    evaluated = [c for c in checkpoints if c.valid_loss is not None]
-    return min(evaluated, key=lambda c: c.valid_loss) if evaluated else (checkpoints[-1] if checkpoints else None)
+    evaluated = [(c.valid_loss, c.step, c) for c in checkpoints if c.valid_loss is not None]
+    return min(evaluated)[-1] if evaluated else (checkpoints[-1] if checkpoints else None)
 
 
 def find(path: Path) -> Checkpoint:
@@ -119,14 +119,16 @@ def find(path: Path) -> Checkpoint:
 
 def _intact(path: Path) -> Checkpoint | None:
     meta = intact(path)
-    return meta and Checkpoint(path, *(meta[key] for key in ("step", "ranks", "valid_loss", "vocabulary")))
+    if meta is None:
+        return None
+    return Checkpoint(path, *(meta[key] for key in ("step", "ranks", "valid_loss", "vocabulary")))
 
 
 def _prune(folder: Path, keep: int) -> None:
     checkpoints = complete(folder)
-    kept = {c.path for c in checkpoints[-keep:]} | {best(checkpoints).path}
+    kept = [*checkpoints[-keep:], best(checkpoints)]
     for checkpoint in checkpoints:
-        if checkpoint.path not in kept:
+        if checkpoint not in kept:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
     for leftover in folder.glob(".step-*.partial"):
         shutil.rmtree(leftover, ignore_errors=True)

@@ -67,7 +67,7 @@ def this_python() -> str:
     return this if relative.startswith(os.pardir) or os.sep not in relative else relative
 
 
-def _checked(flags: type[T], argv: list[str]) -> T:
+def _checked(flags: Any, argv: list[str]) -> Any:
     hints = typing.get_type_hints(flags)
     given: dict[str, Any] = {}
     for typed, name, text in _split(argv):

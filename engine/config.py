@@ -93,7 +93,7 @@ class Batch:
 
     def total(self, ranks: int) -> int:
         """Sequences per step over all ranks. Raises BadValue where a rank would have none."""
-        total = self.size if self.size is not None else self.local_size * ranks
+        total = self.local_size * ranks if self.local_size is not None else self.size or 0
         if total < ranks:
             raise BadValue(f"batch.size {total} leaves some of the {ranks} ranks without a sequence. "
                            f"Use at most {total} ranks or a larger batch")

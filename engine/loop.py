@@ -73,7 +73,8 @@ class _Training:
         self.precision = precision_for(recipe.precision, world.device)
         self.batch_size = recipe.batch.total(world.size)
         self.peak_lr = recipe.optim.peak_lr(self.batch_size)
-        self.progress, self.carries, self.saved_step = Progress(), [], -1
+        self.progress, self.saved_step = Progress(), -1
+        self.carries: list[Any] = []               # one for each micro-batch of a step
 
         torch.manual_seed(recipe.seed)             # the same initial weights on every rank
         self.model = task.build().to(world.device)
@@ -289,7 +290,7 @@ class _Training:
 
     def _finished(self) -> Outcome:
         progress = self.progress
-        best = checkpoint.best(checkpoint.complete(self.run.checkpoints))
+        best = checkpoint.find(self.run.folder)
         load_weights(self.model, best, self.task.vocabulary)
         score = self._evaluate("test")
         self._report("test", score)

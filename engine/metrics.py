@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 # Dense peak in TFLOP/s by GPU and precision, from NVIDIA's data sheets (SXM variants); without sparsity.
-PEAK_TFLOPS = {
+PEAK_TFLOPS: dict[str, dict[str, float]] = {
     "V100": {"fp32": 15.7, "fp16": 125},
     "A100": {"fp32": 19.5, "tf32": 156, "bf16": 312, "fp16": 312},
     "H100": {"fp32": 67, "tf32": 494, "bf16": 989, "fp16": 989},
@@ -58,7 +58,7 @@ class Metrics:
     checkpoint: what an interrupted run had logged later than that is dropped."""
 
     def __init__(self, folder: Path, step: int, tokens: int, active: bool):
-        self.active, self._tags = active, None
+        self.active = active
         if not active:
             return
         path = folder / "metrics.jsonl"
@@ -69,7 +69,7 @@ class Metrics:
             beside.replace(path)
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - as long as the run
         from torch.utils.tensorboard import SummaryWriter  # 1 s to import, by one rank of all
-        self._tags = SummaryWriter(str(folder / "tensorboard"), purge_step=tokens + 1 if step else None)
+        self._tags: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=tokens + 1 if step else None)
 
     def write(self, kind: str, step: int, tokens: int, **numbers: float | str | None) -> None:
         """One line of metrics.jsonl: kind is train, valid or test."""

@@ -5,7 +5,8 @@ LAMB's last write, where each tensor has a ratio of its own on the device, is st
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def build(params: Iterable[tuple[str, Tensor]], optim: Optim, lr: float) -> torc
     autograd makes them.
     """
     trained = [(name, p) for name, p in params if p.requires_grad]
-    common = {"lr": lr, "weight_decay": optim.weight_decay}
+    common: dict[str, Any] = {"lr": lr, "weight_decay": optim.weight_decay}
     adam = common | {"betas": optim.betas, "eps": optim.eps}
     if optim.name == "lamb":
         return Lamb(trained, **adam, bias_correction=optim.bias_correction, trust_ratio=optim.trust_ratio,
@@ -108,19 +109,20 @@ class Lamb(torch.optim.Optimizer):
             phi = weight_norm if cap is None else weight_norm.clamp(max=cap)
             trust = torch.where((weight_norm > 0) & (update_norm > 0), phi / update_norm, trust)
         # The ratios stay on the device, one scalar a tensor, and are multiplied in while the weights are written.
-        torch._foreach_addcmul_(params, updates, (trust * -group["lr"]).unbind())
+        torch._foreach_addcmul_(params, updates, list((trust * -group["lr"]).unbind()))
         return {"weight_norm": weight_norm, "adam_norm": update_norm, "trust_ratio": trust}
 
-    def _updates(self, params: list[Tensor], group: dict) -> Sequence[Tensor]:
+    def _updates(self, params: list[Tensor], group: dict) -> list[Tensor]:
         """r of every tensor. Moves the moments on; leaves gradients and weights as they are.
 
         torch's fused AdamW adds its step, at a learning rate of -1, to what it takes for weights and is weight_decay·w:
         one pass over gradients and moments, and the one temporary is r.
         """
-        grads, states = [_laid_out_like(p, p.grad) for p in params], [self._state(p, group) for p in params]
+        grads = [_laid_out_like(p, p.grad) for p in params if p.grad is not None]
+        states = [self._state(p, group) for p in params]
         m, v, steps = ([state[x] for state in states] for x in ("exp_avg", "exp_avg_sq", "step"))
         beta1, beta2 = group["betas"]
-        updates = torch._foreach_mul(params, group["weight_decay"])
+        updates = list(torch._foreach_mul(params, group["weight_decay"]))
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(updates, grads, m, v, [], steps, lr=-1.0, beta1=beta1, beta2=beta2, weight_decay=0.0,
                             eps=group["eps"], amsgrad=False, maximize=False)

@@ -47,8 +47,15 @@ class Task(Protocol):
     """`carry` is what passes from a micro-batch to the next one of the same sequences: opaque to the engine, None at
     the start of a text, made of tensors, numbers, tuples and lists so that it can be saved."""
 
-    flops_per_token: float                        # of training, for MFU
-    vocabulary: str                               # a hash of what the token ids mean; weights are of no use to another
+    @property
+    def flops_per_token(self) -> float:
+        """Of training, for MFU."""
+        ...
+
+    @property
+    def vocabulary(self) -> str:
+        """A hash of what the token ids mean: weights are of no use to another."""
+        ...
 
     def build(self) -> nn.Module:
         """The model, initialised from torch's generator, on the CPU."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import types
 import typing
 from collections.abc import Iterable, Iterator
@@ -145,7 +144,7 @@ def _fit_union(kinds: tuple, data: Any, where: str, parse: bool) -> Any:
     raise _bad(typing.Union[kinds], data, where)  # noqa: UP007 - built from a tuple
 
 
-def _fit_dataclass(kind: type, data: Any, where: str) -> Any:
+def _fit_dataclass(kind: Any, data: Any, where: str) -> Any:
     if not isinstance(data, dict):
         raise _bad(kind, data, where)
     hints = _hints(kind)
@@ -211,14 +210,13 @@ def _describe(kind: Any) -> str:
     if origin is tuple:
         return f"a list of {_describe(args[0])}"
     words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", type(None): "none"}
-    return words.get(kind) or getattr(kind, "__name__", str(kind))
+    return words.get(kind) or str(getattr(kind, "__name__", kind))
 
 
 def _dataclass_only(kind: Any) -> bool:
     return all(dataclasses.is_dataclass(k) or k is type(None) for k in typing.get_args(kind) or (kind,))
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
+def _hints(kind: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(kind)
     return {f.name: hints[f.name] for f in dataclasses.fields(kind)}

@@ -57,7 +57,9 @@ class World:
 
     def accumulating(self, model: nn.Module, more: bool) -> contextlib.AbstractContextManager:
         """Around a micro-batch: with `more` to come, gradients stay on their rank."""
-        return model.no_sync() if more and self.size > 1 else contextlib.nullcontext()
+        if more and isinstance(model, DistributedDataParallel):
+            return model.no_sync()
+        return contextlib.nullcontext()
 
 
 @contextlib.contextmanager

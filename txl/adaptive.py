@@ -55,8 +55,8 @@ class AdaptiveVocabulary(nn.Module):
         self.in_projs = projections(len(sizes) if projected else 0)
         self.out_tables = None if model.tie_weight else nn.ParameterList(torch.empty(size) for size in sizes)
         ties = [model.ties_proj(i) for i in range(len(self.clusters))]
-        own = projections(len(self.clusters)) if projected else []
-        self.out_projs = nn.ParameterDict({str(i): own[i] for i, tied in enumerate(ties) if projected and not tied})
+        own = projections(len(self.clusters) if projected else 0)
+        self.out_projs = nn.ParameterDict({str(i): proj for i, proj in enumerate(own) if not ties[i]})
         self.bias = nn.Parameter(torch.zeros(n_token))
         self.cluster_weight = nn.Parameter(torch.empty(len(self.cutoffs), model.d_embed_of(0)))
         self.cluster_bias = nn.Parameter(torch.zeros(len(self.cutoffs)))
@@ -69,7 +69,7 @@ class AdaptiveVocabulary(nn.Module):
             embedded = F.embedding(tokens_BT, self.tables[0])
             embedded = F.linear(embedded, self.in_projs[0]) if len(self.in_projs) else embedded
         else:
-            embedded = 0
+            embedded = torch.zeros((), device=tokens_BT.device)
             for (low, high), table, proj in zip(self.clusters, self.tables, self.in_projs):
                 inside = (tokens_BT >= low) & (tokens_BT < high)
                 rows = F.embedding((tokens_BT - low).clamp(0, high - low - 1), table)

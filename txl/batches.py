@@ -24,8 +24,9 @@ class Segment:
     def to(self, device: torch.device) -> Segment:
         if device.type == "cpu":
             return self
-        return Segment(*(x.pin_memory().to(device, non_blocking=True) for x in (self.tokens_BQ, self.targets_BT)),
-                       tuple(x.pin_memory().to(device, non_blocking=True) for x in self.rows))
+        tokens_BQ, targets_BT, *rows = (x.pin_memory().to(device, non_blocking=True)
+                                        for x in (self.tokens_BQ, self.targets_BT, *self.rows))
+        return Segment(tokens_BQ, targets_BT, tuple(rows))
 
 
 class Streams:
@@ -57,10 +58,9 @@ class Streams:
 
         position_T = np.arange(first, first + width)
         real_BT = position_T < lengths_B1
-        targets_BT = np.where(real_BT, self._at(begins_B1 + position_T), IGNORE)
-        tokens_BQ = self._at(begins_B1 + np.arange(first - again, first + width) - 1)
-        targets_BT = torch.from_numpy(targets_BT)
-        return Segment(torch.from_numpy(tokens_BQ), targets_BT, cluster_rows(targets_BT, cutoffs))
+        targets_BT = torch.from_numpy(np.where(real_BT, self._at(begins_B1 + position_T), IGNORE))
+        tokens_BQ = torch.from_numpy(self._at(begins_B1 + np.arange(first - again, first + width) - 1))
+        return Segment(tokens_BQ, targets_BT, cluster_rows(targets_BT, cutoffs))
 
     def _at(self, index: np.ndarray) -> np.ndarray:
         tokens = self.tokens[np.clip(index, 0, len(self.tokens) - 1)].astype(np.int64)

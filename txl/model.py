@@ -153,9 +153,9 @@ def _kernels(device: torch.device) -> AbstractContextManager:
 def position_embedding(K: int, clamp_len: int | None, like: Tensor) -> Tensor:
     """Sinusoids of the distances K-1 … 0 and of one spare row, [K + 1, D]: sines in the first half of the width of
     `like`, cosines in the second."""
-    D, options = like.size(-1), {"dtype": like.dtype, "device": like.device}
-    distance_P = torch.arange(K - 1, -2, -1, **options).clamp(0, clamp_len)
-    frequency = 10_000.0 ** -(torch.arange(0, D, 2, **options) / D)
+    D = like.size(-1)
+    distance_P = torch.arange(K - 1, -2, -1, dtype=like.dtype, device=like.device).clamp(0, clamp_len)
+    frequency = 10_000.0 ** -(torch.arange(0, D, 2, dtype=like.dtype, device=like.device) / D)
     angle = distance_P.unsqueeze(1) * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
 

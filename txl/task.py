@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ class TransformerXLTask:
         nll_BT, memory = model(segment.tokens_BQ, segment.targets_BT, memory, self.recipe.context, segment.rows)
         return nll_BT.sum(), memory
 
-    def evaluate(self, model: nn.Module, split: str, world: World) -> Score:
+    def evaluate(self, model: Any, split: str, world: World) -> Score:
         """By the recipe's context for the split: test_context for the test where it is given, else eval_context."""
         context = self.recipe.eval_context
         if split == "test" and self.recipe.test_context is not None:
@@ -90,7 +91,7 @@ def read_recipe(path: Path) -> Recipe:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, corpus: Corpus, split: str, context: Context, count: int, world: World) -> Score:
+def evaluate(model: TransformerXL, corpus: Corpus, split: str, context: Context, count: int, world: World) -> Score:
     """The exact loss of a split: every token of it once, in `count` parallel streams that each start without memory.
 
     The number depends on `count` (short streams know less), not on the ranks, which share the streams out.
@@ -106,8 +107,8 @@ def evaluate(model: nn.Module, corpus: Corpus, split: str, context: Context, cou
         segment = segment.to(world.device)
         nll_BT, memory = model(segment.tokens_BQ, segment.targets_BT, memory, context, segment.rows)
         nats += nll_BT.sum(dtype=torch.float64)
-    nats, tokens = world.sum(nats.item(), tokens)
-    return Score(nats, int(tokens), time.perf_counter() - begin, protocol(context, count))
+    total_nats, total_tokens = world.sum(nats.item(), tokens)
+    return Score(total_nats, int(total_tokens), time.perf_counter() - begin, protocol(context, count))
 
 
 def protocol(context: Context, count: int) -> str:
