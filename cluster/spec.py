@@ -8,7 +8,7 @@ from engine.config import Recipe
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of machine. `usd_per_hour` is the on-demand list price, Linux, us-east-1, in July 2025."""
+    """One kind of machine. `usd_per_hour` is the on-demand list price, Linux, us-east-1, as of July 2026."""
     name: str
     gpus: int
     gpu: str
