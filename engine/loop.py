@@ -37,7 +37,6 @@ class Progress:
     tokens: int = 0                               # targets trained on, over all ranks
     position: Position = field(default_factory=Position)
     valid_losses: list[float] = field(default_factory=list)
-    valid_step: int = -1                          # of the last evaluation
     lowest_loss: float = float("inf")             # of a log interval
     seconds: float = 0.0                          # of training, over all starts
 
@@ -208,6 +207,7 @@ class _Training:
 
     def _validate(self) -> None:
         """Evaluate; then save, since these are the weights that the loss is of."""
+        self._window_loss()                        # what is wrong with the training is said before an evaluation of it
         with self.watch.paused():
             score = self._evaluate("valid")
             progress = self.progress
@@ -216,7 +216,6 @@ class _Training:
                                f"{self._good_checkpoint()} Start a new run (--name=NEW) in another precision or with a "
                                f"lower learning rate.")
             progress.valid_losses.append(score.loss)
-            progress.valid_step = progress.step
             self._report("valid", score)
         self._save(valid_loss=score.loss)
 
@@ -305,7 +304,7 @@ class _Training:
         self.run.describe_machine()
         self.metrics.text("args", f"```\n{json.dumps(to_json(self.recipe), indent=1)}\n```")
         self.metrics.tags(self.progress.tokens, sizes__params=params, sizes__batch_size=self.batch_size,
-                          **{f"sizes__{key}": x for key, x in getattr(self.task, "sizes", {}).items()})
+                          **{f"sizes__{key}": x for key, x in self.task.sizes.items()})
         self.run.log.info(f"{params:,} parameters | {self.world.size} rank(s) on {self.world.device.type}, "
                           f"{self.precision.name} | {self.batch_size} sequences a step | peak lr {self.peak_lr:.4g}")
 

@@ -57,6 +57,11 @@ class Task(Protocol):
         """A hash of what the token ids mean: weights are of no use to another."""
         ...
 
+    @property
+    def sizes(self) -> dict[str, float]:
+        """More sizes worth a TensorBoard tag, sizes/NAME."""
+        ...
+
     def build(self) -> nn.Module:
         """The model, initialised from torch's generator, on the CPU."""
         ...

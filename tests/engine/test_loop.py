@@ -262,14 +262,14 @@ def test_a_loss_that_is_not_a_number_stops_the_run_and_names_step_and_tensor(tmp
 
 def test_the_step_and_tensor_named_are_those_where_it_began(tmp_path):
     """However long it goes unnoticed: looking at every step and looking after twenty name the same."""
-    def message(log_interval):
+    def message(log_interval, eval_interval=1000):
         recipe = replace(RECIPE, optim=Optim("sgd", lr=1e18, clip=None), divergence_nats=1e30,
-                         clock=Clock(log_interval=log_interval, checkpoint_interval=1000))
+                         clock=Clock(log_interval=log_interval, eval_interval=eval_interval, checkpoint_interval=1000))
         with pytest.raises(Diverged) as diverged:
-            train_here(tmp_path / str(log_interval), recipe)
+            train_here(tmp_path / f"{log_interval}-{eval_interval}", recipe)
         said = re.match(r"At step (\d+) the loss of rank 0 was \S+, and (the gradient of \S+)", str(diverged.value))
         return said.groups()
-    assert message(1) == message(20)
+    assert message(1) == message(20) == message(20, eval_interval=10)
 
 
 def test_a_loss_that_runs_away_stops_the_run(tmp_path):
