@@ -30,7 +30,7 @@ from engine.run import processor
 from engine.task import Position
 from engine.values import BadValue, nearest, override
 from engine.world import World, world
-from txl.config import Recipe
+from txl.config import Recipe, train_flops_per_token
 from txl.task import TransformerXLTask
 
 TABLE = Path(__file__).with_name("train.md")
@@ -52,13 +52,18 @@ class Timing:
     rounds: list[tuple[float, float, float]]
     tokens: int                                   # of a round, over all ranks
 
-    def rate(self, seconds: float) -> float:
-        return self.tokens / seconds
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of each round, rising."""
+        return sorted(self.tokens / sum(parts) for parts in self.rounds)
+
+    @property
+    def rate(self) -> float:
+        return statistics.median(self.rates)
 
     def __str__(self) -> str:
-        rates = sorted(self.rate(sum(parts)) for parts in self.rounds)
         parts = [statistics.median(x) for x in zip(*self.rounds)]
-        return (f"{statistics.median(rates):,.0f} | {rates[0]:,.0f} to {rates[-1]:,.0f} | "
+        return (f"{self.rate:,.0f} | {self.rates[0]:,.0f} to {self.rates[-1]:,.0f} | "
                 + " / ".join(f"{part / sum(parts):.0%}" for part in parts))
 
 
@@ -78,9 +83,8 @@ def main(argv: list[str]) -> int:
             return 0
         name = torch.cuda.get_device_name() if w.device.type == "cuda" else processor()
         peak = peak_flops(name, recipe.precision)
-        rate = statistics.median(timing.rate(sum(parts)) for parts in timing.rounds)
-        task = TransformerXLTask(recipe, corpus(recipe))
-        mfu = f"{rate * task.flops_per_token / peak / w.size:.1%}" if peak else "no peak known"
+        flops = train_flops_per_token(recipe.model, recipe.context, _n_token(recipe))
+        mfu = f"{timing.rate * flops / peak / w.size:.1%}" if peak else "no peak known"
         memory = (torch.cuda.max_memory_allocated() / 2 ** 30 if w.device.type == "cuda"
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
         command = " ".join([f"--config={flags.config}", *(f"--set={x}" for x in flags.set)])
@@ -95,7 +99,7 @@ def main(argv: list[str]) -> int:
 
 def corpus(recipe: Recipe) -> Any:
     """Tokens whose frequencies fall like 1/rank (Zipf), as those of natural text do."""
-    n_token = recipe.data.n_token or 256
+    n_token = _n_token(recipe)
     weights = 1 / np.arange(1, n_token + 1)
     tokens = np.random.default_rng(0).choice(n_token, 1 << 20, p=weights / weights.sum()).astype(np.int32)
     return SimpleNamespace(splits={"train": tokens}, vocab=SimpleNamespace(start=0, hash=""), n_token=n_token)
@@ -134,6 +138,10 @@ def measure(recipe: Recipe, w: World, rounds: int, steps: int) -> Timing:
             tokens += step.tokens
         timings.append((parts[0], parts[1], parts[2]))
     return Timing(timings[1:], tokens)
+
+
+def _n_token(recipe: Recipe) -> int:
+    return recipe.data.n_token or 256
 
 
 def _clock(w: World) -> float:

@@ -101,14 +101,18 @@ class Batch:
 
     def share(self, rank: int, ranks: int) -> range:
         """The sequences of one rank: contiguous blocks that differ by at most one in length."""
-        total = self.total(ranks)
-        return range(rank * total // ranks, (rank + 1) * total // ranks)
+        return share_of(self.total(ranks), rank, ranks)
 
     def micro_batches(self, rank: int, ranks: int) -> list[range]:
         """A rank's share cut into the pieces it takes one after the other."""
         share = self.share(rank, ranks)
         size = self.micro_size or len(share)
         return [share[i:i + size] for i in range(0, len(share), size)]
+
+
+def share_of(total: int, rank: int, ranks: int) -> range:
+    """The contiguous share of one rank in `total` things; shares differ by at most one."""
+    return range(rank * total // ranks, (rank + 1) * total // ranks)
 
 
 @dataclass(frozen=True)

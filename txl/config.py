@@ -112,6 +112,10 @@ class Recipe(engine.Recipe):
     test_context: Context | None = None           # the test at the end; None: eval_context
     eval_streams: int = 16                        # parallel streams a split is cut into; part of the protocol
 
+    def context_of(self, split: str) -> Context:
+        """What an evaluation of `split` sees."""
+        return self.test_context if split == "test" and self.test_context is not None else self.eval_context
+
     def __post_init__(self):
         if self.eval_streams < 1:
             raise ValueError("eval_streams must be at least 1")

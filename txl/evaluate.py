@@ -100,10 +100,9 @@ def unigram_nats(train: np.ndarray, text: np.ndarray, n_token: int) -> float:
 
 
 def _context(recipe: Recipe, flags: Flags) -> Context:
-    context = recipe.test_context if flags.split == "test" and recipe.test_context else recipe.eval_context
     given = [f"{name}={getattr(flags, name)}" for name in ("tgt_len", "mem_len", "clamp_len", "same_length")
              if getattr(flags, name) is not None and getattr(flags, name) is not False]
-    return override(context, *given)
+    return override(recipe.context_of(flags.split), *given)
 
 
 def _cost(metrics: Path, score: Score) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engine.config import share_of
 from engine.task import Position, Score, Step
 from engine.values import BadValue, from_json
 from engine.world import World
@@ -36,7 +37,8 @@ class TransformerXLTask:
     @property
     def sizes(self) -> dict[str, float]:
         """For the log: the length of a sequence, and the parameters that are not embeddings."""
-        net = self._skeleton()
+        with torch.device("meta"):
+            net = TransformerXL(self.recipe.model, self.corpus.n_token)
         tables = sum(p.numel() for p in net.vocabulary.parameters())
         return {"seq_size": self.recipe.context.tgt_len,
                 "non_emb_params": sum(p.numel() for p in net.parameters()) - tables}
@@ -51,7 +53,7 @@ class TransformerXLTask:
     def steps(self, world: World, start: Position) -> Iterator[Step]:
         """Epoch after epoch of ordered segments; memory starts anew with each epoch, since the text does."""
         context, cutoffs = self.recipe.context, self.recipe.model.cutoffs
-        streams = self._streams("train", self.recipe.batch.total(world.size))
+        streams = Streams(self.corpus.splits["train"], self.corpus.vocab.start, self.recipe.batch.total(world.size))
         shares = self.recipe.batch.micro_batches(world.rank, world.size)
         count = streams.segments(context.tgt_len)
         epoch, first = start.epoch, start.index * count // start.steps
@@ -67,18 +69,8 @@ class TransformerXLTask:
         return nll_BT.sum(), memory
 
     def evaluate(self, model: Any, split: str, world: World) -> Score:
-        """By the recipe's context for the split: test_context for the test where it is given, else eval_context."""
-        context = self.recipe.eval_context
-        if split == "test" and self.recipe.test_context is not None:
-            context = self.recipe.test_context
-        return evaluate(model, self.corpus, split, context, self.recipe.eval_streams, world)
-
-    def _streams(self, split: str, count: int) -> Streams:
-        return Streams(self.corpus.splits[split], self.corpus.vocab.start, count)
-
-    def _skeleton(self) -> TransformerXL:
-        with torch.device("meta"):
-            return TransformerXL(self.recipe.model, self.corpus.n_token)
+        """By the recipe's context for the split, in its eval_streams."""
+        return evaluate(model, self.corpus, split, self.recipe.context_of(split), self.recipe.eval_streams, world)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -98,7 +90,7 @@ def evaluate(model: TransformerXL, corpus: Corpus, split: str, context: Context,
     """
     begin = time.perf_counter()
     streams = Streams(corpus.splits[split], corpus.vocab.start, count)
-    mine = range(world.rank * count // world.size, (world.rank + 1) * count // world.size)
+    mine = share_of(count, world.rank, world.size)
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens, memory = 0, None
     for k in range(streams.segments(context.tgt_len) if mine else 0):

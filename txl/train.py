@@ -17,7 +17,7 @@ from engine.loop import Diverged, train
 from engine.run import Run
 from engine.values import BadValue
 from engine.world import world
-from txl.data import DataError, load, prepare
+from txl.data import DataError, load
 from txl.task import TransformerXLTask, read_recipe
 
 
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
     with world() as w:
         run = Run(path.parent, w)
         try:
-            corpus = load(prepare(recipe.data))    # every rank asks; a lock lets the first do it and the others find it
+            corpus = load(recipe.data)             # every rank asks; a lock lets the first do it and the others find it
             run.listen()                           # only now: what came before may be cut off at any moment
             train(w, TransformerXLTask(recipe, corpus), recipe, run)
         except (BadValue, DataError, CheckpointError, Diverged) as error:
