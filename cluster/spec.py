@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from engine.config import Recipe
 
@@ -16,14 +17,15 @@ class Kind:
     cores: int                                    # vCPUs
     memory_gib: int
     usd_per_hour: float
+    efa: int = 0                                  # network cards that speak EFA
 
 
 KINDS = {kind.name: kind for kind in (
     Kind("p3.2xlarge", 1, "V100", 16, 8, 61, 3.06),
     Kind("p3.8xlarge", 4, "V100", 16, 32, 244, 12.24),
     Kind("p3.16xlarge", 8, "V100", 16, 64, 488, 24.48),
-    Kind("p3dn.24xlarge", 8, "V100", 32, 96, 768, 31.212),
-    Kind("p4d.24xlarge", 8, "A100", 40, 96, 1152, 21.957642),      # 32.7726 before the cut of June 2025
+    Kind("p3dn.24xlarge", 8, "V100", 32, 96, 768, 31.212, efa=1),
+    Kind("p4d.24xlarge", 8, "A100", 40, 96, 1152, 21.957642, efa=4),      # 32.7726 before the cut of June 2025
 )}
 LOCAL = "local"                                   # the machine the command is typed on, whatever it is
 
@@ -58,9 +60,40 @@ class Machines:
 
 
 @dataclass(frozen=True)
+class Terms:
+    """How machines are taken, reached and given back: nothing here can move the curve, everything can move the bill."""
+    region: str | None = None                     # None: as the AWS environment says
+    vpc: str | None = None                        # None: the default one
+    ssh_cidr: str | None = None                   # who may reach port 22; None: the address this machine is seen at
+    ssh_user: str | None = None                   # None: the image's
+    image: str | None = None                      # ami-..., or an SSM parameter /aws/...; None: the stack's
+    disk_gib: int = 200                           # of each machine's root volume
+    wait: float = 10.0                            # minutes to go round the zones for spot capacity
+    fallback: Literal["ondemand"] | None = None   # what follows when no zone has spot capacity
+    budget: float | None = None                   # dollars that this run may ever cost; the machines hold it
+    max_hours: float | None = None                # the most that a machine lives; None: twice the expected, plus two
+    minutes_after_success: float = 10.0
+    minutes_after_failure: float = 60.0
+    skip_setup: bool = False                      # the image has the environment already
+    data: str | None = None                       # s3://bucket/prefix in place of the laptop's data folder
+    bucket: str | None = None                     # s3://bucket/prefix that the run's folder is kept in
+    yes: bool = False                             # do not ask
+    detach: bool = False                          # return as soon as the training runs
+
+    def __post_init__(self):
+        for name in ("wait", "minutes_after_success", "minutes_after_failure"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"--{name} is {getattr(self, name):g}: a time is not negative")
+        for name in ("budget", "max_hours", "disk_gib"):
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
+                raise ValueError(f"--{name} is {getattr(self, name):g}: it must be above 0")
+
+
+@dataclass(frozen=True)
 class Config:
     """One named line of configs.py: what to train, on what, and the published result it stands for."""
     recipe: Recipe
     machines: Machines
     group: str                                    # heading under which --help lists it
     about: str                                    # the result it reproduces and where that number comes from
+    tokens_per_s: float | None = None             # published for exactly these machines; None: nobody said
