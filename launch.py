@@ -1,11 +1,14 @@
 """Train a config on its machines, or on this one.
 
-    python launch.py --config=one_machine --backend=local --dry_run     what it would do, and cost
+    python launch.py --config=test_16 --dry_run                         what it would do, and cost
+    python launch.py --config=test_16 --nospot --budget=500             on-demand machines, 500 dollars at most
     python launch.py --config=tiny                                      seconds, on this machine
     python launch.py --config=tiny --machines=2 --name=two              two nodes here, over loopback
     python launch.py --config=tiny --name=mine --set recipe.optim.lr=0.002 --set recipe.stop.max_steps=100
 
-A run is the folder runs/NAME, and the same command again goes on where it stopped. Ctrl-C stops with a checkpoint.
+A run is the folder runs/NAME, and the same command again goes on where it stopped: on machines of that name which are
+still up, it follows them. Ctrl-C stops with a checkpoint; losing this program or its connection harms nothing.
+python -m cluster --help has what one does with machines afterwards.
 Exit status: 0 finished, 1 failed, 2 refused before anything was started, 130 stopped.
 """
 from __future__ import annotations
@@ -16,12 +19,14 @@ import shlex
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Literal
 
 from cluster import backends, run
-from cluster.follow import FAILED, FINISHED, Follower
+from cluster.backends import Wish
+from cluster.follow import FAILED, FINISHED, STOPPED, Follower
 from cluster.plan import Plan
-from cluster.run import Broken, Refused
-from cluster.spec import LOCAL, Config
+from cluster.run import Broken, Refused, Stopped
+from cluster.spec import LOCAL, Config, Terms
 from configs import CONFIGS
 from engine.cli import flag, misuse, parse, this_python
 from engine.values import BadValue, nearest, override
@@ -32,7 +37,6 @@ class Flags:
     config: str = flag("what to train, one of those below")
     name: str | None = flag("of the run, whose folder is runs/NAME; else the config's", None)
     nospot: bool = flag("on-demand machines rather than spot", False)
-    skip_setup: bool = flag("the machines have the environment already: install nothing", False)
     launch_tensorboard: bool = flag("TensorBoard on loopback until the run ends", False)
     machines: int | None = flag("how many, instead of the config's", None)
     instance_type: str | None = flag("which kind, instead of the config's", None)
@@ -40,6 +44,21 @@ class Flags:
     dry_run: bool = flag("print the plan and do nothing", False)
     backend: str | None = flag("who provides the machines; `local` is this one", None)
     set: tuple[str, ...] = flag("PATH=VALUE in the config, recipe.optim.lr=0.02; may be repeated", ())
+    region: str | None = flag("of AWS; else as its environment says", None)
+    wait: float = flag("minutes to go round the zones for spot capacity", Terms.wait)
+    fallback: Literal["ondemand"] | None = flag("what to take when there is no spot capacity", None)
+    budget: float | None = flag("dollars this run may ever cost; the machines themselves hold it", None)
+    max_hours: float | None = flag("a machine lives no longer; else twice the expected, plus two", None)
+    minutes_after_success: float = flag("until the machines go away", Terms.minutes_after_success)
+    minutes_after_failure: float = flag("until the machines go away", Terms.minutes_after_failure)
+    yes: bool = flag("do not ask", False)
+    detach: bool = flag("return as soon as the training runs", False)
+    skip_setup: bool = flag("the machines have the environment already: install nothing", False)
+    disk_gib: int = flag("of each machine's disk", Terms.disk_gib)
+    image: str | None = flag("ami-..., or an SSM parameter; else what the kind of machine needs", None)
+    ssh_user: str | None = flag("on the machines; else the image's", None)
+    ssh_cidr: str | None = flag("who may reach their port 22; else this machine's address", None)
+    vpc: str | None = flag("else the region's default one", None)
 
 
 def main(argv: list[str]) -> int:
@@ -52,13 +71,21 @@ def main(argv: list[str]) -> int:
         if plan.standing.state == "finished":
             print(f"Nothing to do: {plan.run_dir} is finished. For another run, another --name.")
             return FINISHED
+        confirm(plan)
         with Follower(plan) as follower:
-            return follower.follow(backends.load(plan.backend).apply(plan))
+            job = backends.load(plan.backend).apply(plan, follower)
+            if plan.terms.detach:
+                print(f"It trains. To follow it:  {plan.command.replace(' --detach', '')}")
+                return FINISHED
+            return follower.follow(job)
     except (BadValue, Refused) as error:
         misuse(str(error))
     except Broken as error:
         print(error, file=sys.stderr)
         return FAILED
+    except Stopped as error:
+        print(error, file=sys.stderr)
+        return STOPPED
     except OSError as error:
         misuse(f"{run.why(error)}. Nothing was started.\n{run.MEND}")
 
@@ -90,14 +117,30 @@ def make_plan(flags: Flags, config: Config) -> Plan:
     if chosen not in backends.BACKENDS:
         raise BadValue(f"There is no backend {chosen!r}; there is: {', '.join(backends.BACKENDS)}. On this machine:\n"
                        f"  {command_of(replace(flags, backend='local'))}")
-    backend, run_dir = backends.load(chosen), Path("runs", name)
-    standing = run.standing(run_dir, config.recipe)
-    layout = backend.lay_out(config, run_dir, backend.survey(config, standing))
     try:
+        terms = Terms(**{f.name: getattr(flags, f.name) for f in fields(Terms)})
+        standing = run.standing(Path("runs", name), config.recipe)
+        wish, backend = Wish(name, config, standing, terms, flags.dry_run), backends.load(chosen)
+        layout = backend.lay_out(wish, backend.survey(wish))
         return Plan(name, flags.config, config, chosen, layout, overrides_of(flags), command_of(flags), standing,
-                    flags.launch_tensorboard)
+                    flags.launch_tensorboard, terms)
     except ValueError as error:
         raise BadValue(str(error)) from error
+
+
+def confirm(plan: Plan) -> None:
+    """Asks what the layout wants asked, unless --yes. Raises Refused without a yes."""
+    if plan.layout.ask is None or plan.terms.yes:
+        return
+    if not sys.stdin.isatty():
+        raise Refused(f"{plan.layout.ask} Nobody is here to answer. If so:  {plan.command} --yes")
+    try:
+        answer = input(f"{plan.layout.ask} [y/N] ")
+    except (EOFError, KeyboardInterrupt):
+        answer = ""
+        print()
+    if answer.strip().lower() not in ("y", "yes"):
+        raise Refused("Nothing was started.")
 
 
 def command_of(flags: Flags) -> str:

@@ -6,16 +6,24 @@ launched (logs/, status.json, checkpoints' meta.json) up to date while it runs.
 from __future__ import annotations
 
 import importlib
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cluster.plan import Layout, Plan
 from cluster.run import Standing
-from cluster.spec import Config
+from cluster.spec import Config, Terms
 
 BACKENDS = {                                      # name: module, loaded when chosen
     "local": "cluster.local",
 }
+
+
+class Watch(Protocol):
+    """The person at the terminal, to a backend at work."""
+    def say(self, text: str) -> None:
+        """A line on the screen."""
+    def interrupted(self) -> bool:
+        """Whether Ctrl-C was pressed. What has not begun training gives up then: it rolls back and raises Stopped."""
 
 
 class Job(Protocol):
@@ -28,16 +36,28 @@ class Job(Protocol):
         """End everything now."""
     def close(self) -> None:
         """Give back what outlives the training, an unheard request to stop too. After poll() gave the statuses."""
+    def machines(self) -> str:
+        """How the machines are, in a word or two before the line of progress; "" where there is nothing to say."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a plan is to be made of."""
+    name: str                                     # of the run
+    config: Config
+    standing: Standing
+    terms: Terms
+    dry: bool = False                             # nothing will be carried out: prices may be yesterday's
 
 
 class Backend(Protocol):
     """What the module of a backend offers."""
-    def survey(self, config: Config, standing: Standing) -> Any:
+    def survey(self, wish: Wish) -> Any:
         """What the layout must know of the world; looks, and changes nothing. Raises Refused."""
-    def lay_out(self, config: Config, run_dir: Path, facts: Any) -> Layout:
+    def lay_out(self, wish: Wish, facts: Any) -> Layout:
         """Which command runs where. Pure."""
-    def apply(self, plan: Plan) -> Job:
-        """Carry the plan out. Raises Refused, OSError and, when something had started, Broken; nothing is left."""
+    def apply(self, plan: Plan, watch: Watch) -> Job:
+        """Carry the plan out. Raises Refused, Stopped, OSError and, when something had started, Broken."""
 
 
 def load(name: str) -> Backend:

@@ -41,6 +41,12 @@ class Follower:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
+    def say(self, text: str) -> None:
+        self.screen.say(text)
+
+    def interrupted(self) -> bool:
+        return self._interrupts > 0
+
     def follow(self, job: Job) -> int:
         """Shows the log until the run has ended. The exit status for the shell: 0 finished, 1 failed, 130 stopped."""
         try:
@@ -53,7 +59,7 @@ class Follower:
     def _until_the_end(self, job: Job) -> tuple[int, ...]:
         heard = 0
         while (statuses := job.poll()) is None:
-            self.screen.show(self._log.lines())
+            self.screen.show(self._log.lines(), job.machines())
             asked = self._interrupts              # those from before the job began too
             if asked and not heard:
                 self._stop(job)
@@ -144,13 +150,19 @@ class Screen:
 
     def __init__(self, out: TextIO):
         self._out, self._in_place = out, out.isatty()
+        self._machines = self._last = ""
         self._progress = False                    # whether the cursor stands behind a line of progress
 
-    def show(self, lines: list[str]) -> None:
+    def show(self, lines: list[str], machines: str = "") -> None:
+        """`machines`: how they are, told on the line of progress where there is one."""
+        if self._progress and machines != self._machines and not lines:
+            lines = [self._last]
+        self._machines = machines
         for line in lines:
             if self._in_place and line.startswith(PROGRESS):
-                self._write(f"\r\x1b[2K{line[:shutil.get_terminal_size().columns - 1]}")
-                self._progress = True
+                text = f"{machines} | {line}" if machines else line
+                self._write(f"\r\x1b[2K{text[:shutil.get_terminal_size().columns - 1]}")
+                self._progress, self._last = True, line
             else:
                 self.say(line)
 

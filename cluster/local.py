@@ -12,13 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from cluster import run
+from cluster.backends import Watch, Wish
 from cluster.plan import Layout, Node, Plan, price, torchrun
-from cluster.run import NEW, Broken, Refused, Standing
-from cluster.spec import LOCAL, Config
+from cluster.run import Broken, Refused
+from cluster.spec import LOCAL, Terms
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # TensorBoard for as long as somebody holds the lock on its standard input: no launcher need be left to end it.
@@ -44,10 +45,10 @@ class Here:
     pythonpath: str | None = None                 # where the code is, if not in the current directory
 
 
-def survey(config: Config, standing: Standing = NEW) -> Here:
+def survey(wish: Wish) -> Here:
     """Looks at this machine. Raises Refused where weights to start from are not here."""
-    start = config.recipe.init_from
-    if start is not None and standing.step is None and not Path(start).exists():
+    start = wish.config.recipe.init_from
+    if start is not None and wish.standing.step is None and not Path(start).exists():
         raise Refused(f"There is no checkpoint {start}. Give a run's folder (runs/NAME) or one of its "
                       f"checkpoints/step-*")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -56,9 +57,9 @@ def survey(config: Config, standing: Standing = NEW) -> Here:
                 None if Path.cwd() == CHECKOUT else os.pathsep.join(path))
 
 
-def lay_out(config: Config, run_dir: Path, here: Here) -> Layout:
+def lay_out(wish: Wish, here: Here) -> Layout:
     """Ranks on the GPUs here, divided among the nodes; one rank a node on the processor where there are not enough."""
-    machines, recipe = config.machines, config.recipe
+    config, machines, recipe, run_dir = wish.config, wish.config.machines, wish.config.recipe, Path("runs", wish.name)
     per_node = min(len(here.gpus) // machines.count, machines.gpus_per_machine or len(here.gpus))
     if recipe.batch.size is not None:
         per_node = min(per_node, recipe.batch.size // machines.count)          # no rank without a sequence
@@ -84,10 +85,10 @@ def lay_out(config: Config, run_dir: Path, here: Here) -> Layout:
                  f"{ranks} {'rank' if ranks == 1 else 'ranks'} on {where}",
         cost="$0 here" + ("" if machines.kind == LOCAL else f". The config's own machines, {price(config)}"),
         setup=f"none: {here.python} as it is",
-        notes=tuple(_notes(config, ranks, per_node)))
+        notes=tuple(_notes(wish, ranks, per_node)))
 
 
-def apply(plan: Plan) -> LocalJob:
+def apply(plan: Plan, watch: Watch) -> LocalJob:
     """Start one torchrun agent per node, in sessions of their own: they outlive the launcher."""
     for module in ["torch"] + ["tensorboard"] * plan.tensorboard:
         if importlib.util.find_spec(module) is None:
@@ -97,7 +98,7 @@ def apply(plan: Plan) -> LocalJob:
     plan.run_dir.mkdir(parents=True, exist_ok=True)
     with _lock(plan.run_dir) as lock:
         run.record(plan.run_dir, plan.config.recipe, str(plan), plan.command, plan.overrides, CHECKOUT)
-        job = LocalJob(plan, lock)
+        job = LocalJob(plan, lock, watch)
         job.start()
     return job                                    # from here on the agents hold the lock
 
@@ -105,8 +106,8 @@ def apply(plan: Plan) -> LocalJob:
 class LocalJob:
     """A plan being carried out on this machine (cluster.backends.Job)."""
 
-    def __init__(self, plan: Plan, lock: int):
-        self.plan, self._lock = plan, lock
+    def __init__(self, plan: Plan, lock: int, watch: Watch):
+        self.plan, self._lock, self._watch = plan, lock, watch
         self._agents: list[subprocess.Popen] = []
         self._tensorboard: subprocess.Popen | None = None
         self._kill_at: float | None = None        # set when a node failed: when the others are ended by force
@@ -164,6 +165,9 @@ class LocalJob:
             os.killpg(self._tensorboard.pid, signal.SIGTERM)
             self._tensorboard.wait()
 
+    def machines(self) -> str:
+        return ""
+
     def _ranks(self) -> list[int]:
         return ranks_of(self.plan.run_dir, self.plan.config.recipe.entry)
 
@@ -174,7 +178,7 @@ class LocalJob:
             self._tensorboard = subprocess.Popen(
                 [sys.executable, "-c", TENSORBOARD, f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
                  f"--port={port}"], stdin=lock, stdout=log, stderr=log, start_new_session=True)
-        print(f"TensorBoard until the run ends: http://127.0.0.1:{port}", flush=True)
+        self._watch.say(f"TensorBoard until the run ends: http://127.0.0.1:{port}")
 
 
 def refuse_if_running(run_dir: Path, entry: str) -> None:
@@ -216,8 +220,8 @@ def _running(run_dir: Path, who: str) -> Refused:
                    f"Stop it:   touch {run_dir}/stop   (it saves and ends; then the same command goes on)")
 
 
-def _notes(config: Config, ranks: int, per_node: int) -> Iterator[str]:
-    machines, recipe = config.machines, config.recipe
+def _notes(wish: Wish, ranks: int, per_node: int) -> Iterator[str]:
+    machines, recipe = wish.config.machines, wish.config.recipe
     if machines.kind != LOCAL:
         asked = machines.gpus_per_machine
         if asked is None:
@@ -227,6 +231,10 @@ def _notes(config: Config, ranks: int, per_node: int) -> Iterator[str]:
                    f"and with it another curve.")
     if not per_node and recipe.precision in ("fp16", "tf32"):
         yield f"{recipe.precision} is for GPUs. On a processor take --set recipe.precision=fp32"
+    idle = [f"--{f.name}" for f in fields(Terms) if f.name not in ("skip_setup", "yes", "detach")
+            and getattr(wish.terms, f.name) != f.default]
+    if idle:
+        yield f"without effect on this machine: {', '.join(idle)}"
 
 
 def _gpus() -> tuple[str, ...]:

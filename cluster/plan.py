@@ -3,11 +3,12 @@ from __future__ import annotations
 
 import shlex
 import textwrap
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from cluster.run import NEW, Standing
-from cluster.spec import LOCAL, Config
+from cluster.spec import LOCAL, Config, Terms
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Layout:
     cost: str
     setup: str
     notes: tuple[str, ...] = ()
+    ask: str | None = None                        # a question to answer with yes before it is carried out
+    facts: Any = None                             # what the backend saw, for it to act on
 
     @property
     def ranks(self) -> int:
@@ -50,6 +53,7 @@ class Plan:
     command: str = ""                             # the command line that leads here again
     standing: Standing = NEW
     tensorboard: bool = False
+    terms: Terms = field(default_factory=Terms)
 
     def __post_init__(self):
         """Raises ValueError where a rank would get nothing, or the run would go on with another batch."""

@@ -24,6 +24,10 @@ class Refused(Exception):
     """A launch cannot go on as asked. Nothing was started; the message says what to do."""
 
 
+class Stopped(Exception):
+    """A launch was broken off by whoever started it. The message says what is left, if anything."""
+
+
 class Broken(Exception):
     """A launch failed after something was started. Nothing is left running; the message says what to do."""
 

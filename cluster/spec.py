@@ -75,8 +75,6 @@ class Terms:
     minutes_after_success: float = 10.0
     minutes_after_failure: float = 60.0
     skip_setup: bool = False                      # the image has the environment already
-    data: str | None = None                       # s3://bucket/prefix in place of the laptop's data folder
-    bucket: str | None = None                     # s3://bucket/prefix that the run's folder is kept in
     yes: bool = False                             # do not ask
     detach: bool = False                          # return as soon as the training runs
 

@@ -40,6 +40,9 @@ class FakeJob:
     def close(self):
         self.calls.append("close")
 
+    def machines(self):
+        return ""
+
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:

@@ -14,8 +14,11 @@ from pathlib import Path
 import pytest
 
 from cluster import local
+from cluster.backends import Wish
+from cluster.follow import Screen
 from cluster.plan import Layout, Node, Plan
-from cluster.run import Broken, Refused, Standing
+from cluster.run import NEW, Broken, Refused, Standing
+from cluster.spec import Config, Terms
 from configs import tiny
 from engine.values import override
 
@@ -32,6 +35,10 @@ def plan_of(*scripts: str, name: str = "x", tensorboard: bool = False) -> Plan:
                 tensorboard=tensorboard)
 
 
+def wish(config: Config, standing: Standing = NEW) -> Wish:
+    return Wish("x", config, standing, Terms())
+
+
 @pytest.fixture
 def jobs(tmp_path, monkeypatch):
     """apply(), in an empty folder; what is left running at the end is killed."""
@@ -39,7 +46,7 @@ def jobs(tmp_path, monkeypatch):
     started = []
 
     def start(*scripts: str, **options):
-        started.append(local.apply(plan_of(*scripts, **options)))
+        started.append(local.apply(plan_of(*scripts, **options), Screen(sys.stdout)))
         return started[-1]
 
     yield start
@@ -125,7 +132,7 @@ def test_a_run_that_is_going_on_is_not_started_again(jobs):
 
 def test_a_run_outlives_its_launcher_and_stays_locked(jobs):
     launcher = ("import os; from cluster import local; from tests.cluster.test_local import SLEEPS, plan_of; "
-                "local.apply(plan_of(SLEEPS)); os._exit(9)")
+                "local.apply(plan_of(SLEEPS), None); os._exit(9)")
     subprocess.run([sys.executable, "-c", launcher], env=os.environ | {"PYTHONPATH": str(local.CHECKOUT)}, check=False)
     agent = int(Path("runs/x/lock").read_text().split()[1].rstrip(","))
     try:
@@ -196,8 +203,9 @@ def test_tensorboard_is_there_until_the_run_ends(jobs, capsys):
 
 
 def test_tensorboard_ends_with_the_run_where_no_launcher_is_left(jobs):
-    launcher = ("import os; from cluster import local; from tests.cluster.test_local import SLEEPS, plan_of; "
-                "local.apply(plan_of(SLEEPS, tensorboard=True)); os.kill(os.getpid(), 9)")
+    launcher = ("import os, sys; from cluster import local; from cluster.follow import Screen; "
+                "from tests.cluster.test_local import SLEEPS, plan_of; "
+                "local.apply(plan_of(SLEEPS, tensorboard=True), Screen(sys.stdout)); os.kill(os.getpid(), 9)")
     done = subprocess.run([sys.executable, "-c", launcher], env=os.environ | {"PYTHONPATH": str(local.CHECKOUT)},
                           stdout=subprocess.PIPE, text=True, check=False)
     agent = int(Path("runs/x/lock").read_text().split()[1].rstrip(","))
@@ -221,26 +229,26 @@ def test_a_command_that_cannot_be_started_leaves_nothing_running(jobs):
     broken = Node(1, "127.0.0.1", 1, {}, ("/no/such/python",))
     plan = Plan("x", "tiny", tiny, "local", Layout((plan.layout.nodes[0], broken), "", "", ""))
     with pytest.raises(Broken, match=r"No such file or directory: /no/such/python\. What was started is ended again"):
-        local.apply(plan)
+        local.apply(plan, Screen(sys.stdout))
     assert ended(jobs(ENDS)) == (0,)                                              # the lock is free
 
 
 def test_a_missing_checkpoint_is_noticed_before_the_plan(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
-        local.survey(override(tiny, "recipe.init_from=runs/gone"))
+        local.survey(wish(override(tiny, "recipe.init_from=runs/gone")))
     with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
-        local.survey(override(tiny, "recipe.init_from=runs/gone"), Standing("unfinished"))
+        local.survey(wish(override(tiny, "recipe.init_from=runs/gone"), Standing("unfinished")))
     (tmp_path / "runs" / "gone").mkdir(parents=True)
-    assert local.survey(override(tiny, "recipe.init_from=runs/gone")).cores >= 1
+    assert local.survey(wish(override(tiny, "recipe.init_from=runs/gone"))).cores >= 1
 
 
 def test_a_run_that_has_a_checkpoint_of_its_own_needs_none_to_start_from():
     warm = override(tiny, "recipe.init_from=runs/gone")
-    assert local.survey(warm, Standing("unfinished", step=20, ranks=1)).cores >= 1
+    assert local.survey(wish(warm, Standing("unfinished", step=20, ranks=1))).cores >= 1
 
 
 @pytest.mark.parametrize(("visible", "gpus"), [("", ()), ("-1", ()), ("2,3", ("2", "3")), ("GPU-8, 1", ("GPU-8", "1"))])
 def test_only_the_gpus_that_the_user_lets_be_seen_are_used(visible, gpus, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert local.survey(tiny).gpus == gpus
+    assert local.survey(wish(tiny)).gpus == gpus

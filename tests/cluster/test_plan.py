@@ -5,22 +5,26 @@ from pathlib import Path
 
 import pytest
 
+from cluster.backends import Wish
 from cluster.local import Here, lay_out
 from cluster.plan import Layout, Node, Plan, price, torchrun
-from cluster.run import Standing
-from cluster.spec import Machines
+from cluster.run import NEW, Standing
+from cluster.spec import Config, Machines, Terms
 from configs import CONFIGS, one_machine, tiny
 from engine.values import override
 
 LAPTOP = Here("/env/python", gpus=(), cores=4, port=6000)
 SERVER = Here("/env/python", gpus=("0", "1", "2", "3"), cores=32, port=6000, pythonpath="/code")
-RUN = Path("runs/x")
+
+
+def wish(config: Config, name: str = "x", **terms) -> Wish:
+    return Wish(name, config, NEW, Terms(**terms))
 
 
 def test_a_plan_is_this_text():
     config = override(CONFIGS["two_machines"], "about=It stands for nothing.", "recipe.precision=bf16",
                       "recipe.batch.micro_size=40")
-    plan = Plan("trial", "two_machines", config, "local", lay_out(config, Path("runs/trial"), LAPTOP),
+    plan = Plan("trial", "two_machines", config, "local", lay_out(wish(config, "trial"), LAPTOP),
                 ("recipe.precision=bf16", "recipe.batch.micro_size=40"), "python launch.py --config=two_machines",
                 Standing("unfinished", 300, changes=("clock.log_interval: 10 -> 5",)))
     assert str(plan) == """\
@@ -46,7 +50,7 @@ node 1    127.0.0.1: OMP_NUM_THREADS=2 GLOO_SOCKET_IFNAME=lo GOMP_SPINCOUNT=1000
 
 def test_a_node_is_this_value():
     config = replace(one_machine, machines=Machines("p4d.24xlarge", count=2))
-    assert lay_out(config, RUN, SERVER).nodes[1] == Node(
+    assert lay_out(wish(config), SERVER).nodes[1] == Node(
         rank=1, address="127.0.0.1", ranks=2,
         env={"OMP_NUM_THREADS": "8", "GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": "/code", "CUDA_VISIBLE_DEVICES": "2,3"},
         command=("/env/python", "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=2", "--node-rank=1",
@@ -65,7 +69,7 @@ def test_a_node_is_this_value():
     (Machines("x1.unheard-of"), SERVER, [4], ["0,1,2,3"]),
 ])
 def test_nodes_share_the_gpus_that_are_here(machines, here, ranks, visible):
-    nodes = lay_out(replace(one_machine, machines=machines), RUN, here).nodes
+    nodes = lay_out(wish(replace(one_machine, machines=machines)), here).nodes
     assert [node.ranks for node in nodes] == ranks
     assert [node.env["CUDA_VISIBLE_DEVICES"] for node in nodes] == visible
     assert [node.env["OMP_NUM_THREADS"] for node in nodes] == [str(max(1, here.cores // sum(ranks)))] * len(nodes)
@@ -73,33 +77,38 @@ def test_nodes_share_the_gpus_that_are_here(machines, here, ranks, visible):
 
 def test_a_small_batch_leaves_gpus_idle_rather_than_ranks_without_a_sequence():
     config = override(tiny, "recipe.batch.size=2")
-    assert lay_out(config, RUN, SERVER).ranks == 2
+    assert lay_out(wish(config), SERVER).ranks == 2
 
 
 def test_more_nodes_than_sequences_cannot_be_planned():
     config = override(tiny, "machines.count=9")
     with pytest.raises(ValueError, match="leaves some of the 9 ranks without a sequence"):
-        Plan("x", "tiny", config, "local", lay_out(config, RUN, LAPTOP))
+        Plan("x", "tiny", config, "local", lay_out(wish(config), LAPTOP))
 
 
 def test_notes_say_what_differs_from_the_configs_own_machines():
-    unheard = lay_out(replace(one_machine, machines=Machines("x1.unheard-of")), RUN, LAPTOP)
+    unheard = lay_out(wish(replace(one_machine, machines=Machines("x1.unheard-of"))), LAPTOP)
     assert unheard.notes == (
         "x1.unheard-of is not in the table of cluster/spec.py: its GPUs and price are unknown.",
         "fp16 is for GPUs. On a processor take --set recipe.precision=fp32")
     assert "price unknown" in unheard.cost
-    assert lay_out(tiny, RUN, LAPTOP).notes == ()
+    assert lay_out(wish(tiny), LAPTOP).notes == ()
+
+
+def test_terms_that_mean_nothing_here_are_named():
+    assert lay_out(wish(tiny, budget=5.0, wait=1.0, skip_setup=True), LAPTOP).notes == (
+        "without effect on this machine: --wait, --budget",)
 
 
 def test_uneven_shares_are_shown_as_a_span():
     config = override(tiny, "machines.count=3", "recipe.batch.micro_size=2")
-    plan = Plan("x", "tiny", config, "local", lay_out(config, RUN, LAPTOP))
+    plan = Plan("x", "tiny", config, "local", lay_out(wish(config), LAPTOP))
     assert "8 sequences over 3 rank(s), 2 to 3 each, in 1 to 2 micro-batch(es)" in str(plan)
 
 
 def test_a_run_does_not_go_on_with_another_batch():
     config = override(tiny, "machines.count=2", "recipe.batch.size=none", "recipe.batch.local_size=8")
-    layout = lay_out(config, RUN, LAPTOP)
+    layout = lay_out(wish(config), LAPTOP)
     with pytest.raises(ValueError, match=r"runs/x went up to step 40 with 8 sequences a step, batch.local_size=8 on "
                                          r"each of 1 rank\(s\). Here it would have 2 rank\(s\) and 16 sequences"):
         Plan("x", "tiny", config, "local", layout, standing=Standing("unfinished", 40, ranks=1))
@@ -108,7 +117,7 @@ def test_a_run_does_not_go_on_with_another_batch():
 
 
 def test_the_same_batch_may_go_on_with_other_ranks_and_the_plan_says_what_that_costs():
-    layout = lay_out(override(tiny, "machines.count=2"), RUN, LAPTOP)
+    layout = lay_out(wish(override(tiny, "machines.count=2")), LAPTOP)
     plan = Plan("x", "tiny", tiny, "local", layout, standing=Standing("unfinished", 40, ranks=1))
     assert str(plan).startswith("run       runs/x: goes on from step 40, with 2 rank(s) instead of 1: memories start "
                                 "empty\n")
@@ -123,7 +132,7 @@ def test_the_same_batch_may_go_on_with_other_ranks_and_the_plan_says_what_that_c
 ])
 def test_a_run_is_as_long_as_the_nearer_of_its_two_ends(overrides, steps):
     config = override(tiny, *overrides)
-    assert Plan("x", "tiny", config, "local", lay_out(config, RUN, LAPTOP)).steps == steps
+    assert Plan("x", "tiny", config, "local", lay_out(wish(config), LAPTOP)).steps == steps
 
 
 def test_prices_are_those_of_all_machines():
@@ -132,9 +141,9 @@ def test_prices_are_those_of_all_machines():
 
 
 def test_a_backend_may_lay_out_nodes_with_different_ranks():
-    nodes = tuple(Node(i, f"10.0.0.{i}", ranks, {}, torchrun("python3", "txl.train", RUN / "recipe.json", nnodes=2,
-                                                             node_rank=i, ranks=ranks, master_addr="10.0.0.0",
-                                                             master_port=29500)) for i, ranks in enumerate([8, 4]))
+    nodes = tuple(Node(i, f"10.0.0.{i}", ranks, {}, torchrun(
+        "python3", "txl.train", Path("runs/x/recipe.json"), nnodes=2, node_rank=i, ranks=ranks, master_addr="10.0.0.0",
+        master_port=29500)) for i, ranks in enumerate([8, 4]))
     layout = Layout(nodes, "2 machines elsewhere", "unknown", "pip install")
     assert layout.ranks == 12
     assert str(nodes[1]) == ("python3 -m torch.distributed.run --nnodes=2 --nproc-per-node=4 --node-rank=1 "
