@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +62,7 @@ class Failed(Trouble):
         self.status = status
 
 
-class SomeFailed(Exception):
+class SomeFailed(Trouble):
     """`errors`, by the machine's name, of `total` machines that were asked at once."""
 
     def __init__(self, errors: dict[str, Trouble], total: int):
@@ -70,8 +70,8 @@ class SomeFailed(Exception):
         for name, error in errors.items():
             groups.setdefault(error.reason, []).append(name)
         lines = [f"{', '.join(names)}: {reason}" for reason, names in groups.items()]
-        super().__init__(f"{len(errors)} of {total} machines: {lines[0]}" if len(lines) == 1 else
-                         "\n  ".join([f"{len(errors)} of {total} machines:", *lines]))
+        super().__init__(f"{len(errors)} of {total} machines",
+                         lines[0] if len(lines) == 1 else "\n  ".join(["", *lines]).lstrip(" "))
         self.errors, self.total = errors, total
 
 
@@ -118,7 +118,7 @@ class Shell:
         they go on without us. 255 is ssh's own status, so no command should use it.
         """
         words = ["ssh", "-F", str(self.config), "-T", self.name, _tied(command) if tied else command]
-        result = _run(words, self.name, timeout_s, interrupted, input=input, held=tied)
+        result = run_here(words, self.name, _short(command), timeout_s, interrupted, input=input, held=tied)
         if result.status == 255:
             raise _unreachable(self.name, result.err)
         if check and result.status:
@@ -139,16 +139,16 @@ class Shell:
     def close(self) -> None:
         """End the shared connection. Nothing is raised: a connection that is not there is closed."""
         with contextlib.suppress(TimedOut):
-            _run(["ssh", "-F", str(self.config), "-O", "exit", self.name], self.name, 10, never)
+            run_here(["ssh", "-F", str(self.config), "-O", "exit", self.name], self.name, "ssh -O exit", 10)
 
     def _rsync(self, words: list[str], timeout_s: float, interrupted: Callable[[], bool]) -> str:
-        result = _run(["rsync", *RSYNC, "-z", "-e", f"ssh -F {shlex.quote(str(self.config))}", *words],
-                      self.name, timeout_s, interrupted)
+        result = run_here(["rsync", *RSYNC, "-z", "-e", f"ssh -F {shlex.quote(str(self.config))}", *words],
+                      self.name, f"rsync {_short(shlex.join(words))}", timeout_s, interrupted)
         if result.status in (12, 255):            # 12: rsync's for a connection that ended
             raise _unreachable(self.name, result.err)
         if result.status == 30:
             raise TimedOut(self.name, f"rsync moved nothing for {STALLED_S} s")
-        if result.status:
+        if result.status not in (0, 24):         # 24: a file went away meanwhile
             raise Failed(self.name, f"{_end(result.err) or 'no message'} (rsync {result.status})", result.status)
         return result.out
 
@@ -188,7 +188,7 @@ def write_config(folder: Path, hosts: Sequence[Host], *, user: str, key: Path, p
     return path
 
 
-def config_text(sections: dict[str, dict[str, object]]) -> str:
+def config_text(sections: Mapping[str, Mapping[str, object]]) -> str:
     """An ssh_config of these hosts; a value of None is left out. Raises Refused for one that cannot be written."""
     lines = ["# Written anew by each launch."]
     for host, options in sections.items():
@@ -207,8 +207,8 @@ def key(home: Path) -> Path:
         if not path.exists():
             for old in (beside, beside.with_suffix(".pub")):
                 old.unlink(missing_ok=True)
-            made = _run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "txl", "-f", str(beside)],
-                        "ssh-keygen", 30, never)
+            made = run_here(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "txl", "-f", str(beside)],
+                        "here", "ssh-keygen", 30)
             if made.status:
                 raise Refused(f"No ssh key could be made in {folder}: {_end(made.err)}")
             os.rename(beside.with_suffix(".pub"), path.with_suffix(".pub"))
@@ -255,8 +255,8 @@ def forward(config: Path, name: str, local_port: int, remote_port: int, timeout_
         raise _unreachable(name, _text(err) or f"no answer in {timeout_s:g} s")
 
 
-def _run(words: Sequence[str], name: str, timeout_s: float, interrupted: Callable[[], bool], *,
-         input: str | None = None, held: bool = False) -> Result:
+def run_here(words: Sequence[str], name: str, what: str, timeout_s: float, interrupted: Callable[[], bool] = never, *,
+             input: str | None = None, held: bool = False) -> Result:
     """A subprocess in a session of its own, so that Ctrl-C reaches only us; killed with all its group if it must end.
 
     `held`: its standard input stays open for as long as we live.
@@ -279,8 +279,8 @@ def _run(words: Sequence[str], name: str, timeout_s: float, interrupted: Callabl
                     raise Interrupted(f"{name}: interrupted")
                 if time.monotonic() > deadline:
                     said = _end(_text(err))
-                    raise TimedOut(name, f"no end after {timeout_s:g} s" + (f", last: {said}" if said else "")
-                                   + f" ({_short(shlex.join(words))})")
+                    raise TimedOut(name, f"no end after {timeout_s:g} s of: {what}" + (f"\nIts last words: {said}"
+                                                                                      if said else ""))
         finally:
             _kill(process)
 

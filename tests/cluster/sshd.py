@@ -1,0 +1,150 @@
+"""Machines for tests: an sshd of one's own per loopback address, all on one port, each with its own home folder.
+
+They log in as whoever runs the tests, who need not be root. What a machine has beyond the usual commands is put into its
+bin/, which comes first in its PATH.
+"""
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster import ssh
+from cluster.ssh import Host, Shell
+
+SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+needs_sshd = pytest.mark.skipif(not all([SSHD, shutil.which("ssh"), shutil.which("ssh-keygen"), shutil.which("rsync")]),
+                                reason="needs sshd, ssh, ssh-keygen and rsync")
+
+
+class Machine:
+    """One sshd; `folder` has its home/, root/ (TXL_ROOT), bin/ and log."""
+
+    def __init__(self, folder: Path, address: str, port: int, authorized: str):
+        self.folder, self.address, self.port = folder, address, port
+        self.home, self.root, self.bin = (folder / name for name in ("home", "root", "bin"))
+        for path in (self.home / ".ssh", self.root / "var/lib/txl/lease", self.bin):
+            path.mkdir(parents=True)
+        self.authorized_keys.write_text(authorized)
+        self.new_host_key()
+        login = folder / "login"
+        login.write_text(f"#!/bin/sh\nexport HOME={shlex.quote(str(self.home))} TXL_ROOT={shlex.quote(str(self.root))} "
+                         f"PATH={shlex.quote(str(self.bin))}:\"$PATH\"\ncd\nexec sh -c \"${{SSH_ORIGINAL_COMMAND:-sh}}\"\n")
+        login.chmod(0o755)
+        (folder / "config").write_text(
+            f"Port {port}\nListenAddress {address}\nHostKey {folder}/host_key\nPidFile none\nUsePAM no\nStrictModes no\n"
+            f"AuthorizedKeysFile {self.authorized_keys}\nForceCommand {login}\nPasswordAuthentication no\n"
+            f"KbdInteractiveAuthentication no\nPermitRootLogin yes\nLogLevel VERBOSE\nMaxStartups 100\n")
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def authorized_keys(self) -> Path:
+        return self.home / ".ssh/authorized_keys"
+
+    @property
+    def log(self) -> str:
+        return (self.folder / "log").read_text()
+
+    @property
+    def logins(self) -> int:
+        return self.log.count("Accepted publickey")
+
+    def new_host_key(self) -> None:
+        for name in ("host_key", "host_key.pub"):
+            (self.folder / name).unlink(missing_ok=True)
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / "host_key"], check=True)
+
+    def has(self, name: str, script: str) -> None:
+        """Put a command into bin/."""
+        (self.bin / name).write_text(f"#!/bin/sh\n{script}\n")
+        (self.bin / name).chmod(0o755)
+
+    def start(self) -> None:
+        assert SSHD is not None
+        if os.getuid() == 0:
+            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)       # sshd's privilege separation insists
+        with open(self.folder / "log", "ab") as log:
+            before = self.log.count("Server listening")
+            self.process = subprocess.Popen([SSHD, "-D", "-e", "-f", self.folder / "config"], stderr=log,
+                                            stdin=subprocess.DEVNULL, start_new_session=True)
+        deadline = time.monotonic() + 10
+        while self.log.count("Server listening") == before:
+            assert self.process.poll() is None and time.monotonic() < deadline, self.log
+            time.sleep(0.01)
+
+    def stop(self) -> None:
+        """The daemon and every connection, as when a machine's power goes."""
+        if self.process is not None:
+            for pid in [*_descendants(self.process.pid), self.process.pid]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+class Machines:
+    """`count` machines, the key that they accept, and shells to them."""
+
+    def __init__(self, folder: Path, count: int):
+        laptop = folder / "a laptop's \"100%\""                            # what ssh_config must quote
+        self.key = ssh.key(laptop)
+        self.port = _free_port()
+        authorized = self.key.with_suffix(".pub").read_text()
+        self.all = [Machine(folder / f"machine-{i}", f"127.77.0.{i + 1}", self.port, authorized) for i in range(count)]
+        self.hosts = [Host(i, machine.address, machine.address, f"i-{i:08x}") for i, machine in enumerate(self.all)]
+        self.folder = laptop / "clusters/x"
+        self.shells = self.shells_to(self.hosts)
+
+    def shells_to(self, hosts: list[Host]) -> list[Shell]:
+        config = ssh.write_config(self.folder, hosts, user=_user(), key=self.key, port=self.port)
+        return ssh.shells(config, hosts)
+
+    def __getitem__(self, i: int) -> Machine:
+        return self.all[i]
+
+
+@contextlib.contextmanager
+def machines(folder: Path, count: int) -> Iterator[Machines]:
+    """Started, and gone at the end with all that was started on them over ssh."""
+    them = Machines(folder, count)
+    try:
+        for machine in them.all:
+            machine.start()
+        yield them
+    finally:
+        for shell in them.shells:
+            shell.close()
+        for machine in them.all:
+            machine.stop()
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            children.setdefault(int(path.read_text().rpartition(")")[2].split()[1]), []).append(int(path.parent.name))
+    found, todo = [], [pid]
+    while todo:
+        todo += (mine := children.get(todo.pop(), []))
+        found += mine
+    return found
+
+
+def _user() -> str:
+    return subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _free_port() -> int:
+    """Free on every loopback address at this moment."""
+    with socket.socket() as listener:
+        listener.bind(("0.0.0.0", 0))
+        return listener.getsockname()[1]
