@@ -2,20 +2,27 @@
 
 `model.pt` holds what all ranks share, `rank-R.pt` what is a rank's own, `meta.json` what a reader wants to know before
 loading, with every file's size. Nothing in them executes when loaded (torch's weights_only).
+
+Machines may share the disk or have one each; nobody says which, the first mkdir of a name tells. On a disk of its own a
+machine has the files of its ranks and a meta.json; model.pt is on the leading rank's, which decides for all.
 """
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
 from engine.complete import intact
 from engine.world import World
+
+T = TypeVar("T")
 
 
 class CheckpointError(RuntimeError):
@@ -30,6 +37,7 @@ class Checkpoint:
     ranks: int
     valid_loss: float | None                      # of exactly these weights; None: not evaluated
     vocabulary: str                               # hash of what the token ids mean to these weights
+    nonce: str | None = None                      # the same in meta.json of all machines, of one save only
 
     def shared(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         return _load(self.path / "model.pt", device)
@@ -40,8 +48,13 @@ class Checkpoint:
             raise CheckpointError(f"{self.path} was trained on another vocabulary: the text or its options have "
                                   f"changed since. Bring the text back, or start a new run (--name=NEW)")
 
-    def of_rank(self, rank: int) -> dict[str, Any]:
-        return _load(self.path / f"rank-{rank}.pt", "cpu")
+    def of_rank(self, rank: int) -> dict[str, Any] | None:
+        """What a rank kept for itself. None where this disk does not have it whole, or has that of another save."""
+        try:
+            meta = json.loads((self.path / "meta.json").read_text())
+            return _load(self.path / f"rank-{rank}.pt", "cpu") if meta.get("nonce") == self.nonce else None
+        except (OSError, ValueError, AttributeError, CheckpointError):
+            return None
 
 
 def save(world: World, folder: Path, step: int, shared: dict[str, Any], own: dict[str, Any], meta: dict[str, Any],
@@ -50,28 +63,41 @@ def save(world: World, folder: Path, step: int, shared: dict[str, Any], own: dic
 
     Where a rank cannot write, all of them raise CheckpointError, and the checkpoints that were there stay.
     """
-    final, partial = folder / f"step-{step:08d}", folder / f".step-{step:08d}.partial"
+    nonce = world.broadcast(secrets.token_hex(8))                # no leftover of a killed start has this name
+    final, partial = folder / name(step), folder / f".{name(step)}.{nonce}.partial"
+    owner = world.leads                                          # who publishes on its disk; one rank for each disk
 
     def prepare() -> None:
         if world.leads:
-            shutil.rmtree(partial, ignore_errors=True)           # of a start that was killed while it wrote
             partial.mkdir(parents=True)
+
+    def claim() -> None:
+        nonlocal owner
+        if world.local_rank == 0 and not world.leads:
+            try:
+                partial.mkdir(parents=True)
+                owner = True
+            except FileExistsError:                              # this machine sees what another one made
+                pass
 
     def write() -> None:
         _write(partial / f"rank-{world.rank}.pt", own)
         if world.leads:
             _write(partial / "model.pt", shared)
 
-    def publish() -> None:
-        if world.leads:
+    def seal() -> None:
+        if owner:
             sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            _write_text(partial / "meta.json", json.dumps({"step": step, "ranks": world.size, "files": sizes} | meta))
-            shutil.rmtree(final, ignore_errors=True)             # only a damaged one: from a whole one we had resumed
+            about = {"step": step, "ranks": world.size, "nonce": nonce, "files": sizes}
+            _write_text(partial / "meta.json", json.dumps(about | meta))
+
+    def publish() -> None:
+        if owner:
+            shutil.rmtree(final, ignore_errors=True)             # only a damaged one: a whole one we resume from
             partial.rename(final)
             _sync(folder)
-            _prune(folder, keep)
 
-    for action in (prepare, write, publish):
+    for action in (prepare, claim, write, seal, publish):
         error = None
         try:
             action()
@@ -79,11 +105,37 @@ def save(world: World, folder: Path, step: int, shared: dict[str, Any], own: dic
             error = caught
         failed, = world.sum(float(error is not None))            # all ranks learn of it, and none waits for ever
         if failed:
-            if world.leads:
+            if owner:
                 shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(f"The checkpoint of step {step} could not be written to {folder}: "
                                   f"{error or f'{int(failed)} other rank(s) failed, see their logs'}. Earlier "
                                   f"checkpoints are untouched. Make room and run the same command again") from error
+
+    kept = world.broadcast(_prune(folder, keep) if world.leads else [])
+    if owner:
+        _sweep(folder, kept)
+
+
+def name(step: int) -> str:
+    """Of a checkpoint's folder."""
+    return f"step-{step:08d}"
+
+
+def from_leader(world: World, read: Callable[[], T]) -> T:
+    """What `read` gives on the leading rank, whose disk counts, on every rank. Collective.
+
+    Where it raises CheckpointError there, all ranks do.
+    """
+    found, error = None, None
+    if world.leads:
+        try:
+            found = read()
+        except CheckpointError as caught:
+            error = caught
+    message = world.broadcast(str(error) if error else None)
+    if message is not None:
+        raise CheckpointError(message) from error
+    return cast(T, world.broadcast(found))
 
 
 def complete(folder: Path) -> list[Checkpoint]:
@@ -95,8 +147,8 @@ def read(path: Path) -> Checkpoint:
     """One checkpoint folder. Raises CheckpointError where it is not complete."""
     checkpoint = _intact(path)
     if checkpoint is None:
-        raise CheckpointError(f"{path} is not a complete checkpoint: a file is missing or shorter than meta.json says. "
-                              f"Remove the folder to use the one before it")
+        raise CheckpointError(f"{path} is not a complete checkpoint: meta.json or model.pt is missing, or model.pt is "
+                              f"not as long as meta.json says. Remove the folder to use the one before it")
     return checkpoint
 
 
@@ -121,17 +173,24 @@ def _intact(path: Path) -> Checkpoint | None:
     meta = intact(path)
     if meta is None:
         return None
-    return Checkpoint(path, *(meta[key] for key in ("step", "ranks", "valid_loss", "vocabulary")))
+    return Checkpoint(path, meta["step"], meta["ranks"], meta["valid_loss"], meta["vocabulary"], meta.get("nonce"))
 
 
-def _prune(folder: Path, keep: int) -> None:
+def _prune(folder: Path, keep: int) -> list[str]:
+    """Removes what is neither among the newest nor the best. The names of what is left, damaged ones too."""
     checkpoints = complete(folder)
     kept = [*checkpoints[-keep:], best(checkpoints)]
     for checkpoint in checkpoints:
         if checkpoint not in kept:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
-    for leftover in folder.glob(".step-*.partial"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    return [path.name for path in folder.glob("step-*")]
+
+
+def _sweep(folder: Path, kept: list[str]) -> None:
+    """What killed starts left half-written, and files of ranks whose model.pt the leading rank has no more."""
+    gone = [path for path in folder.glob("step-*") if path.name not in kept]
+    for path in [*gone, *folder.glob(".step-*.partial")]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _load(path: Path, device: torch.device | str) -> dict[str, Any]:

@@ -1,13 +1,12 @@
 """The training loop, one for all models: steps, evaluation, checkpoints, metrics, until the recipe says it ends."""
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,7 @@ class Progress:
     seconds: float = 0.0                          # of training, over all starts
 
     def state(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        return asdict(self)
 
     @staticmethod
     def of(state: dict[str, Any]) -> Progress:
@@ -61,7 +60,8 @@ def train(world: World, task: Task, recipe: Recipe, run: Run) -> Outcome:
     """Train until recipe.stop, or until asked to stop; then, if it ended by itself, test once with the best weights.
 
     Goes on from the newest complete checkpoint of the run, if there is one, exactly as if it had never stopped
-    (bit for bit on a CPU, with the same number of ranks). Collective. Raises Diverged, CheckpointError.
+    (bit for bit on a CPU, with one rank or with the same two; the sums of more depend on the order in which DDP lays
+    gradients out, which it chooses anew after the first step of a start). Collective. Raises Diverged, CheckpointError.
     """
     return _Training(world, task, recipe, run).until_the_end()
 
@@ -251,32 +251,49 @@ class _Training:
             self.saved_step = self.progress.step
 
     def _resume(self) -> None:
-        """From the newest complete checkpoint. With another number of ranks the memories and generators start anew.
-        Where there is none the run begins, with the weights of recipe.init_from if it names any."""
-        found = checkpoint.complete(self.run.checkpoints)
+        """From the newest checkpoint that is complete on the leading rank's disk, which the other ranks need not see.
+        Where a rank lacks its own part, and with another number of ranks, memories and generators start anew.
+        Where there is no checkpoint the run begins, with the weights of recipe.init_from if it names any."""
+        world, folder = self.world, self.run.checkpoints
+        found = checkpoint.from_leader(world, lambda: checkpoint.complete(folder))
         if not found:
             if self.recipe.init_from:
-                load_weights(self.model, checkpoint.find(Path(self.recipe.init_from)), self.task.vocabulary)
+                source = Path(self.recipe.init_from)
+                self._take_weights(lambda: checkpoint.find(source))
             return
         newest = found[-1]
         newest.check_vocabulary(self.task.vocabulary)
-        shared = newest.shared(self.world.device)
+        shared = checkpoint.from_leader(world, lambda: newest.shared(world.device))
         self.model.load_state_dict(shared["model"])
         self.optimizer.load_state_dict(shared["optimizer"])
         self.scaler.load_state_dict(shared["scaler"])
         self.progress = Progress.of(shared["progress"])
         self.saved_step = newest.step
         self.run.log.info(f"resuming from {newest.path}, step {newest.step}")
-        if newest.ranks != self.world.size:
-            self.run.log.info(f"the checkpoint is of {newest.ranks} ranks and this is {self.world.size}: "
-                              f"memories start empty, so the curve is not continued to the last bit")
+        here = replace(newest, path=folder / newest.path.name)
+        own = here.of_rank(world.rank) if newest.ranks == world.size else None
+        lacking = [rank for rank, lacks in enumerate(world.gather(own is None)) if lacks]
+        if own is None or lacking:
+            why = (f"the checkpoint is of {newest.ranks} ranks and this is {world.size}"
+                   if newest.ranks != world.size else
+                   f"rank-R.pt is missing or damaged on the machine of rank(s) {', '.join(map(str, lacking))}")
+            self.run.log.info(f"{why}: memories start empty, so the curve is not continued to the last bit")
             return
-        own = newest.of_rank(self.world.rank)
-        self.carries = _to(own["carries"], self.world.device)
+        self.carries = _to(own["carries"], world.device)
         torch.set_rng_state(own["cpu_rng"])
-        if own["cuda_rng"] is not None and self.world.device.type == "cuda":
+        if own["cuda_rng"] is not None and world.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"])
-        self.window = _Window.of(own["window"], self.world.device)
+        self.window = _Window.of(own["window"], world.device)
+
+    def _take_weights(self, find: Callable[[], checkpoint.Checkpoint]) -> checkpoint.Checkpoint:
+        """The weights, on every rank, of what the leading rank finds on its disk."""
+        def load() -> checkpoint.Checkpoint:
+            found = find()
+            load_weights(self.model, found, self.task.vocabulary)
+            return found
+        found = checkpoint.from_leader(self.world, load)
+        self.model.load_state_dict(self.world.broadcast(self.model.state_dict()))
+        return found
 
     def _stopped(self) -> Outcome:
         progress = self.progress
@@ -289,8 +306,7 @@ class _Training:
 
     def _finished(self) -> Outcome:
         progress = self.progress
-        best = checkpoint.find(self.run.folder)
-        load_weights(self.model, best, self.task.vocabulary)
+        best = self._take_weights(lambda: checkpoint.find(self.run.folder))
         score = self._evaluate("test")
         self._report("test", score)
         self.run.stop_honoured()
@@ -317,9 +333,10 @@ class _Training:
         return remaining, progress.step + round(remaining / tokens_per_step)
 
     def _good_checkpoint(self) -> str:
-        found = checkpoint.complete(self.run.checkpoints)
-        return (f"The last good checkpoint is {found[-1].path} (step {found[-1].step})." if found
-                else "No checkpoint had been written yet.")
+        if self.saved_step < 0:
+            return "No checkpoint had been written yet."
+        path = self.run.checkpoints / checkpoint.name(self.saved_step)       # not looked for: it may be another's disk
+        return f"The last good checkpoint is {path} (step {self.saved_step})."
 
 
 class _Window:

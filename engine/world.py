@@ -2,17 +2,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.values import BadValue
+
+PIECE_BYTES = 256 << 20                           # of a tensor, in one message
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,31 @@ class World:
 
     def barrier(self) -> None:
         self.sum(0.0)                              # gloo on the CPU whatever the device: never waits for a GPU's queue
+
+    def broadcast(self, value: T) -> T:
+        """The leading rank's value on every rank; what the others pass is ignored.
+
+        Tensors in it, however nested, travel one after the other: from GPU to GPU where they are on one, so nothing
+        is held twice.
+        """
+        if self.size == 1:
+            return value
+        tensors: list[Tensor] = []
+        packed = [_pack(value, tensors) if self.leads else b""]
+        dist.broadcast_object_list(packed)
+        received = value if self.leads else _unpack(packed[0], tensors, self.device)
+        for tensor in tensors:
+            for piece in tensor.view(-1).view(torch.uint8).split(PIECE_BYTES):   # bytes: gloo knows few types
+                dist.broadcast(piece, 0)
+        return received
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, by rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
 
     def parallel(self, model: nn.Module) -> nn.Module:
         """The model such that gradients, after backward, are the mean over ranks."""
@@ -85,3 +116,26 @@ def world(timeout_s: float = 1800.0) -> Iterator[World]:
     finally:
         if size > 1:
             dist.destroy_process_group()
+
+
+def _pack(value: Any, tensors: list[Tensor]) -> bytes:
+    """`value` pickled, with a description in the place of each tensor; the tensors are added to the list."""
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, x: Any) -> Any:
+            if not isinstance(x, Tensor):
+                return None
+            tensors.append(x.detach().contiguous())
+            return x.shape, x.dtype, x.device.type
+    file = io.BytesIO()
+    Pickler(file).dump(value)
+    return file.getvalue()
+
+
+def _unpack(packed: bytes, tensors: list[Tensor], device: torch.device) -> Any:
+    """The value with tensors still to be filled, which are added to the list in the order of `_pack`."""
+    class Unpickler(pickle.Unpickler):
+        def persistent_load(self, described: Any) -> Tensor:
+            shape, dtype, kind = described
+            tensors.append(torch.empty(shape, dtype=dtype, device="cpu" if kind == "cpu" else device))
+            return tensors[-1]
+    return Unpickler(io.BytesIO(packed)).load()

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -58,7 +59,7 @@ def test_a_damaged_checkpoint_is_not_there(tmp_path, damage):
     if damage == "truncate":
         os.truncate(path / "model.pt", 100)
     elif damage == "remove_file":
-        (path / "rank-0.pt").unlink()
+        (path / "model.pt").unlink()
     elif damage == "remove_meta":
         (path / "meta.json").unlink()
     else:
@@ -66,6 +67,22 @@ def test_a_damaged_checkpoint_is_not_there(tmp_path, damage):
     assert steps(tmp_path) == [1]
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         checkpoint.read(path)
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: os.truncate(path, 100)])
+def test_without_a_ranks_own_file_the_checkpoint_is_there_and_the_rank_has_nothing(tmp_path, damage):
+    found = save(tmp_path, 2)
+    damage(found.path / "rank-0.pt")
+    assert steps(tmp_path) == [2]
+    assert found.of_rank(0) is None
+
+
+def test_a_ranks_file_of_another_save_of_the_same_step_is_not_taken(tmp_path):
+    found, other = save(tmp_path / "one", 2), save(tmp_path / "other", 2)
+    shutil.rmtree(found.path)
+    other.path.rename(found.path)
+    assert found.of_rank(0) is None
+    assert checkpoint.read(found.path).of_rank(0) == {"rank": 0}
 
 
 def test_bytes_that_changed_without_changing_length_are_an_error_that_names_the_file(tmp_path):

@@ -21,10 +21,25 @@ def test_a_whole_checkpoint_gives_its_meta_json(path):
 
 
 @pytest.mark.parametrize("content", [b"12", b"1234", None])
-def test_a_file_of_another_size_or_none_is_not_whole(content, path):
+def test_a_model_of_another_size_or_none_is_not_whole(content, path):
     (path / "model.pt").unlink()
     if content is not None:
         (path / "model.pt").write_bytes(content)
+    assert intact(path) is None
+
+
+@pytest.mark.parametrize("content", [b"12", None])
+def test_a_file_of_a_rank_may_be_damaged_or_on_another_machine(content, path):
+    meta = META | {"files": {"model.pt": 3, "rank-0.pt": 4}}
+    (path / "meta.json").write_text(json.dumps(meta))
+    if content is not None:
+        (path / "rank-0.pt").write_bytes(content)
+    assert intact(path) == meta
+
+
+def test_a_meta_json_that_does_not_list_the_model_is_not_whole(path):
+    """That of a machine which has only its ranks' files."""
+    (path / "meta.json").write_text(json.dumps(META | {"files": {"rank-1.pt": 3}}))
     assert intact(path) is None
 
 
