@@ -70,8 +70,7 @@ class SomeFailed(Trouble):
         for name, error in errors.items():
             groups.setdefault(error.reason, []).append(name)
         lines = [f"{', '.join(names)}: {reason}" for reason, names in groups.items()]
-        super().__init__(f"{len(errors)} of {total} machines",
-                         lines[0] if len(lines) == 1 else "\n  ".join(["", *lines]).lstrip(" "))
+        super().__init__(f"{len(errors)} of {total} machines", "\n  ".join(lines))
         self.errors, self.total = errors, total
 
 
@@ -169,19 +168,22 @@ def write_config(folder: Path, hosts: Sequence[Host], *, user: str, key: Path, p
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder, control = folder.absolute(), _control_folder()
+    path = folder / "ssh_config"
+    # ProxyJump is this too, but hands on the config's path without quotes.
+    through = f"ssh -F {shlex.quote(str(path)).replace('%', '%%')} -W '[%h]:%p' node-0"
     sections: dict[str, dict[str, object]] = {}
     for host in hosts:
         # By machine rather than %C: an address may belong to another machine tomorrow, or in another network.
         who = f"{folder}\n{host.alias}\n{host.address}\n{host.private}\n{user}\n{port}"
         sections[host.name] = {"HostName": host.private if host.jump else host.address, "HostKeyAlias": host.alias,
-                               "ProxyJump": "node-0" if host.jump else None,
+                               "ProxyCommand": through if host.jump else None,
                                "ControlPath": control / hashlib.sha256(who.encode()).hexdigest()[:20]}
     sections["*"] = {
         "User": user, "Port": port, "IdentityFile": key.absolute(), "IdentitiesOnly": "yes",
         "UserKnownHostsFile": folder / "known_hosts", "StrictHostKeyChecking": "accept-new", "BatchMode": "yes",
         "ConnectTimeout": 10, "ServerAliveInterval": 5, "ServerAliveCountMax": 3, "ControlMaster": "auto",
         "ControlPersist": 300, "ForwardAgent": "no", "LogLevel": "ERROR"}
-    text, path = config_text(sections), folder / "ssh_config"
+    text = config_text(sections)
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=".ssh_config", delete=False) as beside:      # 0600
         beside.write(text)
     os.replace(beside.name, path)
@@ -193,7 +195,8 @@ def config_text(sections: Mapping[str, Mapping[str, object]]) -> str:
     lines = ["# Written anew by each launch."]
     for host, options in sections.items():
         lines += ["", f"Host {host}"]
-        lines += [f"  {name} {_config_value(value)}" for name, value in options.items() if value is not None]
+        lines += [f"  {name} {value if name == 'ProxyCommand' else _config_value(value)}"    # that is a shell's line
+                  for name, value in options.items() if value is not None]
     return "\n".join(lines) + "\n"
 
 
@@ -335,12 +338,12 @@ def _local(path: Path | str) -> str:
 
 
 def _config_value(value: object) -> str:
-    """Quoted where it must be (ProxyJump takes quotes for part of the name), with the % that ssh expands doubled."""
+    """In ssh_config's quotes, with the % doubled that ssh would expand."""
     text = str(value)
-    if re.fullmatch(r"[\w.:/@+=,-]+", text, re.ASCII):
-        return text
     if "\n" in text or "${" in text:
         raise Refused(f"ssh_config cannot hold {text!r}. Choose another folder by TXL_HOME, or another name")
+    if re.fullmatch(r"[\w.:/+-]+", text, re.ASCII):
+        return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%") + '"'
 
 

@@ -1,6 +1,6 @@
 """Machines for tests: an sshd of one's own per loopback address, all on one port, each with its own home folder.
 
-They log in as whoever runs the tests, who need not be root. What a machine has beyond the usual commands is put into its
+They log in whoever runs the tests, who need not be root. What a machine has beyond the usual commands is put into its
 bin/, which comes first in its PATH.
 """
 from __future__ import annotations
@@ -37,13 +37,18 @@ class Machine:
         self.authorized_keys.write_text(authorized)
         self.new_host_key()
         login = folder / "login"
-        login.write_text(f"#!/bin/sh\nexport HOME={shlex.quote(str(self.home))} TXL_ROOT={shlex.quote(str(self.root))} "
-                         f"PATH={shlex.quote(str(self.bin))}:\"$PATH\"\ncd\nexec sh -c \"${{SSH_ORIGINAL_COMMAND:-sh}}\"\n")
+        login.write_text("\n".join([
+            "#!/bin/sh",
+            f"export HOME={shlex.quote(str(self.home))} TXL_ROOT={shlex.quote(str(self.root))}",
+            f'PATH={shlex.quote(str(self.bin))}:"$PATH"',
+            "cd",
+            'exec sh -c "${SSH_ORIGINAL_COMMAND:-sh}"\n']))
         login.chmod(0o755)
-        (folder / "config").write_text(
-            f"Port {port}\nListenAddress {address}\nHostKey {folder}/host_key\nPidFile none\nUsePAM no\nStrictModes no\n"
-            f"AuthorizedKeysFile {self.authorized_keys}\nForceCommand {login}\nPasswordAuthentication no\n"
-            f"KbdInteractiveAuthentication no\nPermitRootLogin yes\nLogLevel VERBOSE\nMaxStartups 100\n")
+        (folder / "config").write_text("\n".join([
+            f"Port {port}", f"ListenAddress {address}", f"HostKey {folder}/host_key", "PidFile none", "UsePAM no",
+            "StrictModes no", f"AuthorizedKeysFile {self.authorized_keys}", f"ForceCommand {login}",
+            "PasswordAuthentication no", "KbdInteractiveAuthentication no", "PermitRootLogin yes", "LogLevel VERBOSE",
+            "MaxStartups 100\n"]))
         self.process: subprocess.Popen | None = None
 
     @property
@@ -78,11 +83,20 @@ class Machine:
                                             stdin=subprocess.DEVNULL, start_new_session=True)
         deadline = time.monotonic() + 10
         while self.log.count("Server listening") == before:
-            assert self.process.poll() is None and time.monotonic() < deadline, self.log
+            assert self.process.poll() is None, self.log
+            assert time.monotonic() < deadline, self.log
             time.sleep(0.01)
 
+    def cut(self) -> None:
+        """Every connection, as when the network goes; what runs here finds out by itself."""
+        assert self.process is not None
+        for pid in _descendants(self.process.pid):
+            with contextlib.suppress(OSError):
+                if Path(f"/proc/{pid}/comm").read_text().startswith("sshd"):
+                    os.kill(pid, signal.SIGKILL)
+
     def stop(self) -> None:
-        """The daemon and every connection, as when a machine's power goes."""
+        """The daemon and every connection with what runs in it, as when a machine's power goes."""
         if self.process is not None:
             for pid in [*_descendants(self.process.pid), self.process.pid]:
                 with contextlib.suppress(ProcessLookupError):
@@ -97,7 +111,7 @@ class Machines:
     def __init__(self, folder: Path, count: int):
         laptop = folder / "a laptop's \"100%\""                            # what ssh_config must quote
         self.key = ssh.key(laptop)
-        self.port = _free_port()
+        self.port = free_port()
         authorized = self.key.with_suffix(".pub").read_text()
         self.all = [Machine(folder / f"machine-{i}", f"127.77.0.{i + 1}", self.port, authorized) for i in range(count)]
         self.hosts = [Host(i, machine.address, machine.address, f"i-{i:08x}") for i, machine in enumerate(self.all)]
@@ -143,7 +157,7 @@ def _user() -> str:
     return subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     """Free on every loopback address at this moment."""
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))
