@@ -1,0 +1,274 @@
+"""Runs one node's command and tells how it is: docs/aws.md, "Supervisor". Python 3.8, standard library, Linux.
+
+    python3 cluster/host/supervisor.py runs/NAME I              until the command ends, with its exit status
+    python3 cluster/host/supervisor.py --detach runs/NAME I     until the command runs: 0, or 1 and why it does not
+"""
+from __future__ import annotations
+
+import argparse
+import array
+import contextlib
+import ctypes
+import fcntl
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+BEAT_S = 1
+LEASE_S = 20
+START_S = 30                                      # that a detached start may take
+AGAIN_S = 60                                      # between two starts of a TensorBoard that ends
+GONE_S = 10                                       # for what was killed to be gone
+LAUNCHED = "=== launched"                         # cluster/run.py: how the line of a launch begins in a node's log
+RUNS = "runs: "                                   # how the word of a supervisor begins whose command has started
+IFNAMES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+SIOCGIFCONF, IFREQ_BYTES = 0x8912, 40             # linux/sockios.h, and struct ifreq where a pointer has 64 bits
+PR_SET_PDEATHSIG = 1                              # linux/prctl.h
+
+
+class Launch(NamedTuple):
+    """nodes/I.launch.json."""
+    launch: str                                   # an ID: it names one start, and runs once
+    command: list[str]
+    env: dict[str, str]
+    private: str
+    tensorboard: list[str] | None = None
+
+
+class CannotStart(Exception):
+    """Nothing was started; the message says why."""
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--detach", action="store_true")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("node", type=int)
+    args = parser.parse_args(argv)
+    if args.detach:
+        return detached([sys.executable, __file__, str(args.run_dir), str(args.node)])
+    try:
+        return supervise(args.run_dir, args.node)
+    except (CannotStart, OSError) as error:
+        sys.exit(f"node {args.node} of {args.run_dir.name} was not started: {error}")
+
+
+def detached(command: list[str]) -> int:
+    """Start a supervisor that outlives this process and its terminal; pass on what it says until its command runs."""
+    child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             start_new_session=True, text=True)
+    assert child.stdout is not None
+    limit = threading.Timer(START_S, child.kill)
+    limit.start()
+    said = child.stdout.read()                    # to its end: once its command runs, a supervisor writes to the log
+    limit.cancel()
+    if said.startswith(RUNS):
+        print(said, end="")
+        return 0
+    status = child.wait(START_S)
+    print(said or f"it did not start within {START_S} s", file=sys.stderr if status else sys.stdout)
+    return 1 if status else 0
+
+
+def supervise(run_dir: Path, node: int) -> int:
+    """Start what nodes/I.launch.json says and stay until it has ended. The status is a shell's: 128 and the signal.
+
+    A launch that runs already, or has ended, is not started again: then 0. Raises CannotStart, OSError.
+    """
+    nodes = run_dir / "nodes"
+    launch = _launch(nodes / f"{node}.launch.json")
+    lock = _lock(nodes / f"{node}.lock", launch.launch)
+    if lock is None or _ended(nodes / f"{node}.json", launch.launch):
+        print(f"launch {launch.launch} of node {node} {'runs' if lock is None else 'has ended'} already")
+        return 0
+    with contextlib.suppress(FileNotFoundError):  # meant for an earlier launch
+        os.unlink(nodes / f"{node}.kill")
+    (run_dir / "logs").mkdir(exist_ok=True)
+    with open(run_dir / "logs" / f"node-{node}.log", "ab", buffering=0) as log:
+        job = Job(run_dir, node, launch, log, lock)
+        print(f"{RUNS}node {node} of {run_dir.name}, supervisor {os.getpid()}, log {log.name}", flush=True)
+        os.dup2(log.fileno(), 1)                  # nobody need be left to read the other
+        os.dup2(log.fileno(), 2)
+        _show(run_dir.name, Path(log.name))
+        status = job.follow()
+    return status if status >= 0 else 128 - status
+
+
+class Job:
+    """A command that runs, with what beats and ends with it."""
+
+    def __init__(self, run_dir: Path, node: int, launch: Launch, log: Any, lock: int):
+        self.run_dir, self.node, self.launch = run_dir, node, launch
+        self.mark = f"TXL_LAUNCH={launch.launch}/{node}"               # in the environment of all that it starts
+        name, _, value = self.mark.partition("=")
+        ifnames = {} if launch.env.keys() >= set(IFNAMES) else dict.fromkeys(IFNAMES, interface(launch.private))
+        self.env = {**os.environ, **ifnames, **launch.env, name: value}
+        lease = Path(os.environ.get("TXL_ROOT", "") + "/var/lib/txl/lease")
+        self.lease = lease / "run" if lease.is_dir() else None         # none: a machine that does not power itself off
+        self.beats, self.leases, self.lease_at = 0, 0, 0.0
+        self.tensorboard: subprocess.Popen | None = None
+        self.tensorboard_at = 0.0
+        log.write(f"{LAUNCHED} {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {shlex.join(launch.command)}\n".encode())
+        self.command = _spawn(launch.command, self.env, log, keep=[lock])      # nothing else starts while it lives
+        self.beat()
+
+    def follow(self) -> int:
+        """Until the command has ended: the exit status as subprocess gives it."""
+        waited = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
+        signal.pthread_sigmask(signal.SIG_BLOCK, (*waited, signal.SIGHUP))
+        while (status := self.command.poll()) is None:
+            self.keep_tensorboard()
+            got = signal.sigtimedwait(waited, BEAT_S)
+            if got and got.si_signo != signal.SIGCHLD:
+                self.command.terminate()
+            if (self.run_dir / "nodes" / f"{self.node}.kill").exists():
+                self.kill()
+            self.beat()
+        self.kill()                               # TensorBoard, and the ranks of a torchrun that was killed itself
+        self.beat(status)
+        return status
+
+    def beat(self, status: int | None = None) -> None:
+        """Tell the watchdog, then the launcher. A disk that is full does not end a training."""
+        if self.lease and (status is not None or time.monotonic() >= self.lease_at):
+            self.lease_at = time.monotonic() + LEASE_S
+            self.leases += 1
+            state = "running" if status is None else "failed" if status else "succeeded"
+            _replace(self.lease, {"state": state, "beat": self.leases})
+        self.beats += 1
+        _replace(self.run_dir / "nodes" / f"{self.node}.json", {
+            "launch": self.launch.launch, "state": "running" if status is None else "ended", "status": status,
+            "pid": os.getpid(), "beat": self.beats, "at": time.time()})
+
+    def kill(self) -> None:
+        """The command and all that it started, whatever became of their parents and sessions."""
+        until = time.monotonic() + GONE_S
+        if self.command.poll() is None:
+            os.killpg(self.command.pid, signal.SIGKILL)
+        while (pids := _marked(self.mark.encode())) and time.monotonic() < until:
+            for pid in pids:
+                with contextlib.suppress(OSError):                     # it is gone
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
+
+    def keep_tensorboard(self) -> None:
+        ended = self.tensorboard is None or self.tensorboard.poll() is not None
+        if self.launch.tensorboard and ended and time.monotonic() >= self.tensorboard_at:
+            self.tensorboard_at = time.monotonic() + AGAIN_S
+            with contextlib.suppress(OSError), open(self.run_dir / "logs" / "tensorboard.log", "ab") as log:
+                self.tensorboard = _spawn(self.launch.tensorboard, self.env, log)
+
+
+def interface(private: str) -> str:
+    """The network interface with this IPv4 address; lo has all of 127.0.0.0/8. Raises CannotStart where none has it."""
+    if private.startswith("127."):
+        return "lo"
+    room = array.array("B", bytes(IFREQ_BYTES * 256))
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        answer = fcntl.ioctl(any_socket, SIOCGIFCONF, struct.pack("iP", len(room), room.buffer_info()[0]))
+    there = {}
+    for at in range(0, struct.unpack("iP", answer)[0], IFREQ_BYTES):
+        name = room[at:at + 16].tobytes().split(b"\0")[0].decode()
+        there[socket.inet_ntoa(room[at + 20:at + 24].tobytes())] = name.split(":")[0]      # eth0:1 is eth0's label
+    if private not in there:
+        have = ", ".join(f"{address} ({name})" for address, name in there.items())
+        raise CannotStart(f"this machine is to be {private}, and has {have or 'no address'}")
+    return there[private]
+
+
+def _launch(path: Path) -> Launch:
+    try:
+        given = json.loads(path.read_text())
+        return Launch(**{name: given[name] for name in Launch._fields if name in given})
+    except FileNotFoundError as error:
+        raise CannotStart(f"there is no {path}: the launcher writes it first. Is this the code's directory?") from error
+    except (ValueError, TypeError) as error:
+        raise CannotStart(f"{path} does not say what to start: {error}") from error
+
+
+def _lock(path: Path, launch: str) -> int | None:
+    """The node's lock, as a descriptor; None where this same launch holds it. Raises CannotStart where another does."""
+    lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    for _ in range(20):                           # its holder may be about to write its name, or to end
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.pread(lock, 1000, 0).decode()
+            if holder == launch:
+                return None
+            time.sleep(0.05)
+        else:
+            os.truncate(lock, 0)
+            os.pwrite(lock, launch.encode(), 0)
+            return lock
+    raise CannotStart(f"launch {holder} still runs on this machine. End it:  touch {path.with_suffix('.kill')}")
+
+
+def _ended(path: Path, launch: str) -> bool:
+    try:
+        last = json.loads(path.read_text())
+        return last["launch"] == launch and last["state"] == "ended"
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return False
+
+
+def _spawn(command: list[str], env: dict[str, str], log: Any, keep: list[int] | None = None) -> subprocess.Popen:
+    """In a session of its own, and sent SIGTERM when this process dies, of whatever it does."""
+    parent, prctl = os.getpid(), ctypes.CDLL(None).prctl
+
+    def before_exec() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, ())
+        prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if os.getppid() != parent:                # it died before that
+            os._exit(1)
+
+    return subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                            pass_fds=keep or [], preexec_fn=before_exec)
+
+
+def _show(name: str, log: Path) -> None:
+    """A tmux session in which the log goes by. Nothing hangs on it."""
+    tmux = shutil.which("tmux")
+    if tmux and os.environ.get("TXL_TMUX") != "0":
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            subprocess.run([tmux, "new-session", "-d", "-s", re.sub("[.:]", "_", f"txl-{name}"),
+                            shlex.join(["tail", "-n", "+1", "-F", str(log.resolve())])],
+                           stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=10)
+
+
+def _marked(mark: bytes) -> list[int]:
+    """Processes that have the mark in their environment."""
+    pids = []
+    for proc in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):        # it ended meanwhile, or it is another user's
+            if mark in (proc / "environ").read_bytes().split(b"\0"):
+                pids.append(int(proc.name))
+    return pids
+
+
+def _replace(path: Path, value: dict[str, Any]) -> None:
+    """Beside, then renamed. On a full disk in place: the blocks a file has can still be written. Or not at all."""
+    data, beside = json.dumps(value).encode(), path.with_name(f".{path.name}.partial")
+    with contextlib.suppress(OSError):
+        try:
+            beside.write_bytes(data)
+            os.replace(beside, path)
+        except OSError:
+            with open(path, "r+b") as file:
+                file.write(data)
+                file.truncate()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
