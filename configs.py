@@ -71,7 +71,8 @@ one_gpu = Config(
 one_machine = Config(
     CYBERTRONAI_BASE, Machines("p3dn.24xlarge"), SCALING,
     "24.617 test perplexity in 2h54 on 8 V100 (cybertronai's README as corrected by its authors, commit 8a70de1). "
-    "The README first said 21.5 in 2h50, which they withdrew.")
+    "The README first said 21.5 in 2h50, which they withdrew.",
+    tokens_per_s=1_800_000_000 / 10_440)          # its horizon in 2h54
 two_machines = Config(
     CYBERTRONAI_BASE, Machines("p3dn.24xlarge", count=2), SCALING,
     "The last step of linear scaling, lr .010 (cybertronai's launch.py). No result was published.")
@@ -80,7 +81,8 @@ four_machines = Config(
     "lr held at .012 from here on (cybertronai's launch.py). No result was published.")
 eight_machines = Config(
     replace(CYBERTRONAI_BASE, optim=replace(LAMB, lr=LR_EIGHT)), Machines("p3dn.24xlarge", count=8), SCALING,
-    "90 seconds per epoch on 64 V100 (cybertronai's README): 1.147 million tokens/s. No perplexity was published.")
+    "90 seconds per epoch on 64 V100 (cybertronai's README): 1.147 million tokens/s. No perplexity was published.",
+    tokens_per_s=1_147_000)
 sixteen_machines = Config(
     replace(CYBERTRONAI_BASE, optim=replace(LAMB, lr=LR_SIXTEEN)), Machines("p3dn.24xlarge", count=16), SCALING,
     "The largest of cybertronai's launch.py, 128 V100. No result was published.")
@@ -91,19 +93,24 @@ sixteen_machines = Config(
 THROUGHPUT = "Throughput of Transformer-XL large, 297M parameters (cybertronai, which calls it 277M)"
 test_1 = Config(
     CYBERTRONAI_LARGE, Machines("p3dn.24xlarge"), THROUGHPUT,
-    "74.4 sequences/s, 28,600 tokens/s on 8 V100. cybertronai's README says 446 examples/sec, six times too many.")
+    "74.4 sequences/s, 28,600 tokens/s on 8 V100. cybertronai's README says 446 examples/sec, six times too many.",
+    tokens_per_s=28_600)
 test_2 = Config(
     CYBERTRONAI_LARGE, Machines("p3dn.24xlarge", count=2), THROUGHPUT,
-    "143.4 sequences/s, 55,100 tokens/s on 16 V100. cybertronai's README says 860 examples/sec, six times too many.")
+    "143.4 sequences/s, 55,100 tokens/s on 16 V100. cybertronai's README says 860 examples/sec, six times too many.",
+    tokens_per_s=55_100)
 test_4 = Config(
     replace(CYBERTRONAI_LARGE, optim=replace(LAMB, lr=LR_FOUR)), Machines("p3dn.24xlarge", count=4), THROUGHPUT,
-    "289.4 sequences/s, 111,100 tokens/s on 32 V100. cybertronai's README says 1736 examples/sec, six times too many.")
+    "289.4 sequences/s, 111,100 tokens/s on 32 V100. cybertronai's README says 1736 examples/sec, six times too many.",
+    tokens_per_s=111_100)
 test_8 = Config(
     replace(CYBERTRONAI_LARGE, optim=replace(LAMB, lr=LR_TEST_8_16)), Machines("p3dn.24xlarge", count=8), THROUGHPUT,
-    "505.1 sequences/s, 193,900 tokens/s on 64 V100. cybertronai's README says 3031 examples/sec, six times too many.")
+    "505.1 sequences/s, 193,900 tokens/s on 64 V100. cybertronai's README says 3031 examples/sec, six times too many.",
+    tokens_per_s=193_900)
 test_16 = Config(
     replace(CYBERTRONAI_LARGE, optim=replace(LAMB, lr=LR_TEST_8_16)), Machines("p3dn.24xlarge", count=16), THROUGHPUT,
-    "983.7 sequences/s, 377,700 tokens/s on 128 V100. cybertronai's README says 5904 examples/sec, six times too many.")
+    "983.7 sequences/s, 377,700 tokens/s on 128 V100. cybertronai's README says 5904 examples/sec, six times too many.",
+    tokens_per_s=377_700)
 
 # The same recipes on A100s.
 SCALING_P4D = SCALING.replace("(cybertronai)", "(cybertronai's recipes on A100)")
@@ -170,14 +177,17 @@ NVIDIA = "NVIDIA's recipes on wikitext-103, but for its roll (a random shift of 
 nvidia_base = Config(
     NVIDIA_BASE, Machines("p4d.24xlarge"), NVIDIA,
     "23.24 test perplexity in 76 min on 8 A100 40GB with AMP (NVIDIA's README; 16 seeds: 23.24 +- .078), "
-    "at 449,890 tokens/s.")
+    "at 449,890 tokens/s.",
+    tokens_per_s=449_890)
 nvidia_base_p3dn = Config(
     NVIDIA_BASE, Machines("p3dn.24xlarge"), NVIDIA,
-    "23.18 test perplexity in 121 min on 8 V100 16GB with AMP (NVIDIA's README), at 258,648 tokens/s.")
+    "23.18 test perplexity in 121 min on 8 V100 16GB with AMP (NVIDIA's README), at 258,648 tokens/s.",
+    tokens_per_s=258_648)
 nvidia_large = Config(
     NVIDIA_LARGE, Machines("p4d.24xlarge"), NVIDIA,
     "18.19 test perplexity in 430 min on 8 A100 40GB with AMP (NVIDIA's README; 16 seeds: 18.17 +- .040), "
-    "at 191,148 tokens/s.")
+    "at 191,148 tokens/s.",
+    tokens_per_s=191_148)
 nvidia_large_p3dn = Config(
     replace(NVIDIA_LARGE, batch=Batch(size=128, micro_size=8)), Machines("p3dn.24xlarge"), NVIDIA,
     "18.17 test perplexity in 984 min on 8 V100 16GB with AMP and micro-batch 4 (NVIDIA's README). With 8, "

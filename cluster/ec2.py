@@ -197,6 +197,33 @@ def caller_address(url: str = CHECKIP) -> str:
                       f"({error}). Give it yourself:  --ssh_cidr=203.0.113.7/32") from error
 
 
+def verdict_of(code: str, status: int) -> Verdict:
+    """What an error's code and HTTP status say about what to do."""
+    if code in VERDICTS:
+        return VERDICTS[code]
+    by_ending: dict[str, Verdict] = {"LimitExceeded": "quota", "NotFound": "missing", "Duplicate": "duplicate"}
+    return next((verdict for ending, verdict in by_ending.items() if code.endswith(ending)),
+                "throttled" if status >= 500 else "invalid")
+
+
+@contextlib.contextmanager
+def classified(operation: str) -> Iterator[None]:
+    """What boto3 raises in the block becomes CallFailed. `operation` as boto3 spells it."""
+    from botocore import exceptions, parsers
+    action = "".join(word.capitalize() for word in operation.split("_"))
+    try:
+        yield
+    except exceptions.ClientError as error:
+        raise _refused_by_aws(action, error.response) from error
+    except (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError,
+            parsers.ResponseParserError) as error:
+        raise CallFailed(action, type(error).__name__, str(error), "unreachable") from error
+    except (exceptions.ParamValidationError, exceptions.OperationNotPageableError):
+        raise                                     # our mistake
+    except exceptions.BotoCoreError as error:     # what is left before anything is sent: finding credentials
+        raise CallFailed(action, type(error).__name__, str(error), "expired") from error
+
+
 class Cloud:
     """One account in one region. Every call ends within two minutes; what fails raises CallFailed.
 
@@ -400,17 +427,17 @@ class Cloud:
 
     def address(self, instance_id: str, tags: Mapping[str, str]) -> str:
         """A public address for a running machine that came without one: the cluster's own where it has one already."""
+        machine = self._visible("describe_instances", "Reservations", InstanceIds=[instance_id])["Instances"][0]
+        primary = next(x["NetworkInterfaceId"] for x in machine["NetworkInterfaces"]
+                       if x["Attachment"]["DeviceIndex"] == 0 and not x["Attachment"].get("NetworkCardIndex"))
         held = self._call("describe_addresses", Filters=_ours(tags[CLUSTER], tags[OWNER]))["Addresses"]
         for address in held:
-            if address.get("InstanceId") == instance_id:
+            if address.get("NetworkInterfaceId") == primary:
                 return address["PublicIp"]
         free = next((address for address in held if not address.get("AssociationId")), None)
         if free is None:                          # once: a repeat would be a second one
             free = self._call("allocate_address", on=self._once, Domain="vpc",
                               TagSpecifications=_tag_specification("elastic-ip", tags))
-        machine = self._visible("describe_instances", "Reservations", InstanceIds=[instance_id])["Instances"][0]
-        primary = next(x["NetworkInterfaceId"] for x in machine["NetworkInterfaces"]
-                       if x["Attachment"]["DeviceIndex"] == 0 and not x["Attachment"].get("NetworkCardIndex"))
         self._patiently("associate_address", AllocationId=free["AllocationId"], NetworkInterfaceId=primary)
         return free["PublicIp"]
 
@@ -440,11 +467,11 @@ class Cloud:
                            IpPermissions=[_permission(rule) for rule in sorted(old)])
 
     def _call(self, operation: str, *, on: Any = None, **arguments: Any) -> dict[str, Any]:
-        with _classified(operation):
+        with classified(operation):
             return getattr(on or self._ec2, operation)(**arguments)
 
     def _pages(self, operation: str, key: str, **arguments: Any) -> list[dict[str, Any]]:
-        with _classified(operation):
+        with classified(operation):
             pages = self._ec2.get_paginator(operation).paginate(**arguments)
             return [item for page in pages for item in page[key]]
 
@@ -566,35 +593,10 @@ def _but_for(verdict: Verdict) -> Iterator[None]:
             raise
 
 
-@contextlib.contextmanager
-def _classified(operation: str) -> Iterator[None]:
-    from botocore import exceptions, parsers
-    action = "".join(word.capitalize() for word in operation.split("_"))
-    try:
-        yield
-    except exceptions.ClientError as error:
-        raise _refused_by_aws(action, error.response) from error
-    except (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError,
-            parsers.ResponseParserError) as error:
-        raise CallFailed(action, type(error).__name__, str(error), "unreachable") from error
-    except (exceptions.ParamValidationError, exceptions.OperationNotPageableError):
-        raise                                     # our mistake
-    except exceptions.BotoCoreError as error:     # what is left before anything is sent: finding credentials
-        raise CallFailed(action, type(error).__name__, str(error), "expired") from error
-
-
 def _refused_by_aws(action: str, response: dict[str, Any]) -> CallFailed:
     code, status = response["Error"].get("Code", ""), response["ResponseMetadata"].get("HTTPStatusCode", 400)
     said = re.split(r"\s*Encoded authorization failure", response["Error"].get("Message", ""))[0]
     return CallFailed(action, code, " ".join(said.split()), verdict_of(code, status))
-
-
-def verdict_of(code: str, status: int) -> Verdict:
-    if code in VERDICTS:
-        return VERDICTS[code]
-    by_ending: dict[str, Verdict] = {"LimitExceeded": "quota", "NotFound": "missing", "Duplicate": "duplicate"}
-    return next((verdict for ending, verdict in by_ending.items() if code.endswith(ending)),
-                "throttled" if status >= 500 else "invalid")
 
 
 def _no_entry(error: CallFailed, session: Any) -> str:

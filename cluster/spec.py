@@ -9,23 +9,22 @@ from engine.config import Recipe
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of machine. `usd_per_hour` is the on-demand list price, Linux, us-east-1, as of July 2026."""
+    """One kind of machine. Its price is in cluster/prices.py."""
     name: str
     gpus: int
     gpu: str
     gpu_memory_gib: int
     cores: int                                    # vCPUs
     memory_gib: int
-    usd_per_hour: float
     efa: int = 0                                  # network cards that speak EFA
 
 
 KINDS = {kind.name: kind for kind in (
-    Kind("p3.2xlarge", 1, "V100", 16, 8, 61, 3.06),
-    Kind("p3.8xlarge", 4, "V100", 16, 32, 244, 12.24),
-    Kind("p3.16xlarge", 8, "V100", 16, 64, 488, 24.48),
-    Kind("p3dn.24xlarge", 8, "V100", 32, 96, 768, 31.212, efa=1),
-    Kind("p4d.24xlarge", 8, "A100", 40, 96, 1152, 21.957642, efa=4),      # 32.7726 before the cut of June 2025
+    Kind("p3.2xlarge", 1, "V100", 16, 8, 61),
+    Kind("p3.8xlarge", 4, "V100", 16, 32, 244),
+    Kind("p3.16xlarge", 8, "V100", 16, 64, 488),
+    Kind("p3dn.24xlarge", 8, "V100", 32, 96, 768, efa=1),
+    Kind("p4d.24xlarge", 8, "A100", 40, 96, 1152, efa=4),
 )}
 LOCAL = "local"                                   # the machine the command is typed on, whatever it is
 
@@ -53,10 +52,12 @@ class Machines:
 
     @property
     def usd_per_hour(self) -> float | None:
-        """On-demand dollars per hour for all of them; 0 for this machine, None where the kind is not in the table."""
+        """On-demand dollars per hour for all of them; 0 for this machine, None where the kind is not in the list."""
+        from cluster import prices  # here, as it knows this module
         if self.kind == LOCAL:
             return 0.0
-        return KINDS[self.kind].usd_per_hour * self.count if self.kind in KINDS else None
+        usd = prices.on_demand(self.kind)
+        return None if usd is None else usd * self.count
 
 
 @dataclass(frozen=True)
@@ -95,3 +96,8 @@ class Config:
     group: str                                    # heading under which --help lists it
     about: str                                    # the result it reproduces and where that number comes from
     tokens_per_s: float | None = None             # published for exactly these machines; None: nobody said
+    published_on: Machines | None = None          # these machines: it stays when a flag replaces `machines`
+
+    def __post_init__(self):
+        if self.published_on is None:
+            object.__setattr__(self, "published_on", self.machines)
