@@ -2,6 +2,7 @@
 
     python launch.py --config=test_16 --dry_run                         what it would do, and cost
     python launch.py --config=test_16 --nospot --budget=500             on-demand machines, 500 dollars at most
+    python launch.py --config=test_2 --rehearse                         all of it here, without an account
     python launch.py --config=tiny                                      seconds, on this machine
     python launch.py --config=tiny --machines=2 --name=two              two nodes here, over loopback
     python launch.py --config=tiny --name=mine --set recipe.optim.lr=0.002 --set recipe.stop.max_steps=100
@@ -59,11 +60,16 @@ class Flags:
     ssh_user: str | None = flag("on the machines; else the image's", None)
     ssh_cidr: str | None = flag("who may reach their port 22; else this machine's address", None)
     vpc: str | None = flag("else the region's default one", None)
+    rehearse: bool = flag("all of it on this machine, without an account, with the model of `tiny`", False)
+    drill: str | None = flag("a failure to rehearse; a wrong name lists them", None)
 
 
 def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, prog="launch.py", about=__doc__, more=list_configs)
     try:
+        if flags.rehearse or flags.drill:
+            from cluster import rehearse
+            return rehearse.main(find_config(flags), flags.drill)
         plan = make_plan(flags, find_config(flags))
         print(plan, flush=True)
         if flags.dry_run:

@@ -15,6 +15,7 @@ from cluster.spec import Config, Terms
 
 BACKENDS = {                                      # name: module, loaded when chosen
     "local": "cluster.local",
+    "aws": "cluster.aws",
 }
 
 

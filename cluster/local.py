@@ -53,7 +53,7 @@ def survey(wish: Wish) -> Here:
                       f"checkpoints/step-*")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return Here(sys.executable, _gpus(), cores, _free_port(), "lo0" if sys.platform == "darwin" else "lo",
+    return Here(sys.executable, _gpus(), cores, free_port(), "lo0" if sys.platform == "darwin" else "lo",
                 None if Path.cwd() == CHECKOUT else os.pathsep.join(path))
 
 
@@ -172,7 +172,7 @@ class LocalJob:
         return ranks_of(self.plan.run_dir, self.plan.config.recipe.entry)
 
     def _start_tensorboard(self) -> None:
-        port = _free_port()
+        port = free_port()
         with open(self.plan.run_dir / "logs" / "tensorboard.log", "ab") as log, \
              open(self.plan.run_dir / "lock", "rb") as lock:
             self._tensorboard = subprocess.Popen(
@@ -249,7 +249,7 @@ def _gpus() -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]

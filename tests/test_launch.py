@@ -63,7 +63,7 @@ def launched(*argv: str) -> int | None:
     (["--config=tiny", "--name=größer"], "cannot be a run's name"),
     (["--config=tiny", "--name=a\n"], "cannot be a run's name"),
     (["--config=tiny", f"--name={'a' * 64}"], "cannot be a run's name"),
-    (["--config=tiny", "--backend=slurn"], "There is no backend 'slurn'; there is: local. On this machine:\n"
+    (["--config=tiny", "--backend=slurn"], "There is no backend 'slurn'; there is: local, aws. On this machine:\n"
                                                  "  "), (["--config=tiny", "--backend=slurn"],
                                                          " launch.py --config=tiny --backend=local"),
     (["--config=tiny", "--budget=0"], "--budget is 0: it must be above 0"),
@@ -107,7 +107,7 @@ def test_an_unheard_of_instance_type_is_a_note_not_an_error(empty, capsys):
 
 
 def test_the_command_to_copy_leads_to_the_same_plan(empty, monkeypatch):
-    monkeypatch.setattr(local, "_free_port", lambda: 6000)
+    monkeypatch.setattr(local, "free_port", lambda: 6000)
     (empty / "my run").mkdir()
 
     def planned(argv: list[str]) -> Plan:

@@ -1,0 +1,166 @@
+"""`launch.py --rehearse`: a launch as it would be, on this machine, without an account and in under two minutes.
+
+The same program, in an environment whose EC2 is a strict stand-in and whose machines are sshds on loopback. The model
+is the one of `tiny`. At the end the ten minutes after success go by in a moment, the machines' own watchdogs end them,
+and what is left is counted.
+"""
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster.local import CHECKOUT
+from cluster.prices import Spell, bill
+from cluster.rehearsal.bench import Bench
+from cluster.run import Refused
+from cluster.spec import LOCAL, Config
+from engine.values import nearest
+
+KIND_FOR_LOCAL = "c5.xlarge"                      # of a config that is for the machine one types on
+NAME = "rehearsal"
+PATIENCE_S = 20                                   # for watchdogs to act once their time has come
+
+
+def main(config: Config, drill: str | None = None) -> int:
+    """The exit status: 0 where all went as it should and nothing is left. Raises Refused where it cannot be done."""
+    if drill not in (None, *DRILLS):
+        raise Refused(f"There is no drill {drill!r}.{nearest(drill or '', DRILLS)} There are:\n" + "\n".join(
+            f"  {name:<16} {act.__doc__}" for name, act in DRILLS.items()))
+    folder = Path(tempfile.mkdtemp(prefix="txl-rehearsal-"))
+    print(f"A rehearsal in {folder}: no account, no cost. Its spot prices are made up.\n", flush=True)
+    try:
+        with Bench(folder) as bench:
+            stage = Stage(bench, folder, config)
+            as_expected = DRILLS[drill](stage) if drill else stage.launch() == 0
+            nothing_left = stage.curtain()
+    except RuntimeError as error:                 # something it needs is not installed
+        shutil.rmtree(folder, ignore_errors=True)
+        raise Refused(str(error)) from error
+    except KeyboardInterrupt:
+        print("\nThe rehearsal is broken off; nothing of it is left running.", file=sys.stderr)
+        return 130
+    if as_expected and nothing_left:
+        shutil.rmtree(folder, ignore_errors=True)
+        return 0
+    print(f"Not as it should be. What happened is in {folder}", file=sys.stderr)
+    return 1
+
+
+class Stage:
+    """A bench, and the launcher's processes on it."""
+
+    def __init__(self, bench: Bench, folder: Path, config: Config):
+        self.bench, self.folder = bench, folder
+        machines = config.machines
+        kind = machines.kind if machines.kind != LOCAL else KIND_FOR_LOCAL
+        self.command = [sys.executable, str(CHECKOUT / "launch.py"), "--config=tiny", "--backend=aws", f"--name={NAME}",
+                        f"--instance_type={kind}", f"--machines={machines.count}", "--set=machines.gpus=1",
+                        "--set=recipe.batch.size=none", "--set=recipe.batch.local_size=2",
+                        f"--ssh_user={bench.user}", "--skip_setup", "--yes", "--wait=0.2",
+                        *(["--nospot"] if not machines.spot else [])]
+
+    def launch(self, *more: str) -> int:
+        """The launcher's exit status, its output on ours."""
+        return self.start(*more).wait()
+
+    def start(self, *more: str) -> subprocess.Popen:
+        return subprocess.Popen([*self.command, *more], cwd=self.folder, env=os.environ | self.bench.env)
+
+    def launch_until(self, marker: str) -> subprocess.Popen:
+        """The launcher, once it has printed a line with `marker`."""
+        launcher = subprocess.Popen(self.command, cwd=self.folder, env=os.environ | self.bench.env,
+                                    stdout=subprocess.PIPE, text=True)
+        assert launcher.stdout is not None
+        for line in launcher.stdout:
+            print(line, end="", flush=True)
+            if re.search(marker, line):
+                break
+        return launcher
+
+    def alive(self) -> list[str]:
+        return [str(x) for x in self.bench.billable()]
+
+    def until(self, condition: Callable[[], bool], seconds: float = PATIENCE_S) -> bool:
+        end = time.monotonic() + seconds
+        while not condition() and time.monotonic() < end:
+            time.sleep(.1)
+        return condition()
+
+    def curtain(self) -> bool:
+        """Time goes by; whether nothing that costs is left, and what it would have cost."""
+        if unguarded := self.bench.unguarded():
+            print(f"Without a deadline: {', '.join(map(str, unguarded))}")
+            return False
+        for minutes, why in ((11, "11 minutes later"), (50, "an hour later"), (60 * 24 * 8, "8 days later")):
+            if not self.alive():
+                break
+            print(f"\n({why})", flush=True)
+            self.bench.advance(60 * minutes)
+            self.until(lambda: not self.alive())
+        print("\nWhat it would have cost:")
+        machines = {machine.id: machine for machine in self.bench.instances()}
+        print(bill(Spell(machines[x.id].node, x.id, x.kind, machines[x.id].market, x.zone, x.hours,
+                         x.usd / x.hours if x.hours else None) for x in self.bench.bill()))
+        subprocess.run([sys.executable, "-m", "cluster", "gc", "--yes"], cwd=CHECKOUT,
+                       env=os.environ | self.bench.env, check=False)
+        left = [*self.alive(), *map(str, self.bench.leftovers())]
+        print("Left over: " + (", ".join(left) or "nothing."))
+        return not left
+
+
+def capacity(stage: Stage) -> bool:
+    """the best zone has no room for all machines: another one gets the whole gang"""
+    stage.bench.world.capacity["spot", "us-east-1c"] = 0
+    stage.bench.world.capacity["spot", "us-east-1a"] = 0
+    return stage.launch() == 0
+
+
+def no_capacity(stage: Stage) -> bool:
+    """no zone has room: refused, with the whole history, and nothing is left"""
+    stage.bench.world.capacity |= {("spot", f"us-east-1{letter}"): 0 for letter in "abcdef"}
+    return stage.launch() == 2 and not stage.alive()
+
+
+def launcher_dies(stage: Stage) -> bool:
+    """the launcher is killed while the machines train: the same command follows them again"""
+    launcher = stage.launch_until("^step ")
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    print("\n(the launcher is killed; the same command again)\n", flush=True)
+    return stage.launch() == 0
+
+
+def launcher_dies_early(stage: Stage) -> bool:
+    """the launcher is killed as soon as the machines run: their watchdogs end them, 20 minutes after boot"""
+    launcher = stage.launch_until("machine.s. run")
+    launcher.send_signal(signal.SIGKILL)
+    launcher.wait()
+    print("\n(the launcher is killed; 21 minutes later)\n", flush=True)
+    if not stage.until(lambda: not stage.bench.unguarded()):
+        return False
+    stage.bench.advance(21 * 60)
+    return stage.until(lambda: not stage.alive())
+
+
+def host_dies(stage: Stage) -> bool:
+    """a machine is gone in the middle of the training: said, and failed, and nothing goes on alone"""
+    from cluster.rehearsal.world import BY_SPOT
+    launcher = stage.launch_until("^step ")
+    with stage.bench.ec2.lock:
+        stage.bench.world.end(stage.bench.world.machines[stage.bench.instances()[-1].id], BY_SPOT)
+    print("\n(the last machine is taken away)\n", flush=True)
+    assert launcher.stdout is not None
+    for line in launcher.stdout:
+        print(line, end="", flush=True)
+    return launcher.wait() == 1
+
+
+DRILLS = {act.__name__: act for act in (capacity, no_capacity, launcher_dies, launcher_dies_early, host_dies)}
