@@ -1,0 +1,225 @@
+"""The verbs that need EC2 alone: what there is, what it costs, and its end."""
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from cluster import prices, ssh
+from cluster.aws import owner_name
+from cluster.ec2 import CLUSTER, CallFailed, Cloud, Instance, Thing
+from cluster.follow import FAILED, FINISHED
+from cluster.journal import Journal, home
+from cluster.run import Refused
+from cluster.verbs_lists import Cluster, choose, clusters, doomed, hosts_text, loud, ls_text
+from engine.cli import flag
+
+GONE_S, AGAIN_S = 120, 3                          # a machine's going, during which it keeps its groups and addresses
+
+
+@dataclass(frozen=True)
+class Region:
+    region: str | None = flag("of AWS; else as its environment says", None)
+
+
+@dataclass(frozen=True)
+class Whose(Region):
+    all: bool = flag("other users' too", False)
+
+
+@dataclass(frozen=True)
+class Ending(Whose):
+    yes: bool = flag("do not ask", False)
+
+
+@dataclass(frozen=True)
+class Sweeping(Ending):
+    dry_run: bool = flag("say what would go, and do nothing", False)
+
+
+@dataclass(frozen=True)
+class Asking(Region):
+    yes: bool = flag("do not ask", False)
+
+
+@dataclass(frozen=True)
+class Nothing:
+    """No flags."""
+
+
+def ls(words: Sequence[str], flags: Whose) -> int:
+    cloud, now = Cloud(flags.region), time.time()
+    owner = None if flags.all else owner_name()
+    there, things = cloud.instances(owner=owner), cloud.leftovers(owner=owner)
+    print(f"{cloud.region}, account {cloud.account}, {'all users' if flags.all else owner_name()}")
+    if there:
+        shown = [x for cluster in choose(there, *words) for x in cluster.machines]
+        print(ls_text(shown, now, rates(shown)))
+    else:
+        print("No machines.")
+    for line in loud(there, things, now):
+        print(line)
+    return FINISHED
+
+
+def kill(words: Sequence[str], flags: Ending) -> int:
+    """Ends the machines at once; what they hold goes when they are gone."""
+    cloud = Cloud(flags.region)
+    chosen = choose(cloud.instances(owner=None if flags.all else owner_name()), *words)
+    machines = [x for cluster in chosen for x in cluster.machines]
+    agree(f"End {', '.join(map(str, chosen))}?", flags.yes, len(machines) > 1)
+    end(cloud, chosen)
+    return remove(cloud, [thing for cluster in chosen
+                          for thing in cloud.leftovers(owner=cluster.owner, cluster=cluster.name)])
+
+
+def gc(words: Sequence[str], flags: Sweeping) -> int:
+    cloud, owner = Cloud(flags.region), None if flags.all else owner_name()
+    things = cloud.leftovers(owner=owner)
+    known = set() if flags.all else {x.cluster for x in things if x.cluster and Journal(x.cluster).notes("intent")}
+    plan = doomed(cloud.instances(owner=owner), things, time.time(), known)
+    for x in plan.machines:
+        print(f"machine {x.id} of {x.tags.get(CLUSTER, 'no name')}, past its deadline")
+    for thing in plan.things:
+        print(f"{thing.what} {thing.id} of {thing.cluster}")
+    if not plan.machines and not plan.things:
+        print("Nothing to remove.")
+    if flags.dry_run:
+        return FINISHED
+    agree(f"End {len(plan.machines)} machines?", flags.yes, len(plan.machines) > 1)
+    end(cloud, clusters(plan.machines))
+    return remove(cloud, plan.things)
+
+
+def stop(words: Sequence[str], flags: Asking) -> int:
+    cloud = Cloud(flags.region)
+    found = one_cluster(cloud, words)
+    name, machines = found.name, found.machines
+    if any(x.market == "spot" for x in machines):
+        raise Refused(f"{name} are spot machines, which EC2 cannot stop, only end:  python -m cluster kill {name}\n"
+                      f"The launch command again then takes new ones and goes on from the newest checkpoint fetched.")
+    agree(f"Stop {len(machines)} machines of {name}?", flags.yes, len(machines) > 1)
+    cloud.stop_instances(x.id for x in machines)
+    print(f"Stopping. Their disks go on costing, and gc ends them after their deadline. "
+          f"Again:  python -m cluster start {name}")
+    return FINISHED
+
+
+def start(words: Sequence[str], flags: Asking) -> int:
+    cloud = Cloud(flags.region)
+    found = one_cluster(cloud, words)
+    machines = [x for x in found.machines if x.state == "stopped"]
+    if not machines:
+        raise Refused(f"No machine of {found.name} is stopped")
+    agree(f"Start {len(machines)} machines of {found.name}?", flags.yes, len(machines) > 1)
+    cloud.start_instances(x.id for x in machines)
+    print("Starting. Give the launch command again: without a training they end themselves after 20 minutes.")
+    return FINISHED
+
+
+def hosts(words: Sequence[str], flags: Region) -> int:
+    print(hosts_text(x for cluster in choose(Cloud(flags.region).instances(owner=owner_name()), *words)
+                     for x in cluster.machines))
+    return FINISHED
+
+
+def spot_prices(words: Sequence[str], flags: Region) -> int:
+    kind, listed = words[0], prices.on_demand(words[0])
+    now = Cloud(flags.region).spot_prices(kind)
+    if not now:
+        raise Refused(f"EC2 has no spot price for {kind} in this region. Is it offered there?")
+    for zone, usd in sorted(now.items(), key=lambda item: item[1]):
+        print(f"{zone:<16} ${usd:.4f} per hour")
+    print(f"on demand        {'unknown' if listed is None else f'${listed:.4f} per hour, list of {prices.DATED}'}")
+    return FINISHED
+
+
+def keys(words: Sequence[str], flags: Nothing) -> int:
+    public = ssh.key(home()).with_suffix(".pub")
+    print(public, public.read_text().strip(), sep="\n")
+    return FINISHED
+
+
+def one_cluster(cloud: Cloud, words: Sequence[str]) -> Cluster:
+    """This user's that was launched last, of those that the word fits. Raises Refused."""
+    return choose(cloud.instances(owner=owner_name()), *words)[0]
+
+
+def agree(question: str, yes: bool, needed: bool = True) -> None:
+    """Asks a person. Raises Refused without a yes."""
+    if yes or not needed:
+        return
+    if not sys.stdin.isatty():
+        raise Refused(f"{question} Nobody is here to answer. If so, the same with --yes")
+    try:
+        answer = input(f"{question} [y/N] ")
+    except (EOFError, KeyboardInterrupt):
+        answer = ""
+        print()
+    if answer.strip().lower() not in ("y", "yes"):
+        raise Refused("Nothing was done.")
+
+
+def rates(instances: Iterable[Instance]) -> dict[str, float]:
+    """Dollars per hour by id: as noted here at the launch, else by the on-demand list, which spot never exceeds."""
+    found: dict[str, float] = {}
+    for cluster in clusters(instances):
+        for x in cluster.machines:
+            if (listed := prices.on_demand(x.kind)) is not None:
+                found[x.id] = listed
+        if cluster.owner == owner_name():
+            for note in Journal(cluster.name).notes("launched"):
+                ids = set(note["ids"]) & {x.id for x in cluster.machines} if note["usd_per_hour"] else ()
+                found |= dict.fromkeys(ids, note["usd_per_hour"] / len(note["ids"]))
+    return found
+
+
+def end(cloud: Cloud, doomed_ones: Iterable[Cluster]) -> None:
+    for cluster in doomed_ones:
+        ids = [x.id for x in cluster.machines]
+        cloud.terminate(ids)
+        if cluster.owner == owner_name():
+            Journal(cluster.name).note("gone", ids=ids)
+        print(f"Terminated: {', '.join(ids)} of {cluster.name}")
+
+
+def remove(cloud: Cloud, things: Iterable[Thing], sleep: Callable[[float], None] = time.sleep) -> int:
+    """Once nothing uses them any more; the clusters are locked meanwhile. Says what is left. Returns an exit status."""
+    with contextlib.ExitStack() as locked:
+        left = _of_idle(list(things), locked)
+        for waited in range(0, GONE_S + 1, AGAIN_S):
+            busy = [thing for thing in left if not _removed(cloud, thing)]
+            if not busy:
+                return FINISHED
+            if not waited:
+                print(f"Waiting until the machines are really gone, {GONE_S // 60} minutes at most: still in use are "
+                      + ", ".join(f"{thing.what} {thing.id}" for thing in busy))
+            left = busy
+            sleep(AGAIN_S)
+    print(f"Still in use: {', '.join(f'{x.what} {x.id}' for x in left)}. Later:  python -m cluster gc", file=sys.stderr)
+    return FAILED
+
+
+def _of_idle(things: list[Thing], locked: contextlib.ExitStack) -> list[Thing]:
+    """Without those of clusters that a launcher is at work on; the others' locks are taken."""
+    idle = set()
+    for name in {thing.cluster for thing in things if thing.cluster}:
+        try:
+            locked.enter_context(Journal(name).alone("tidied up"))
+            idle.add(name)
+        except Refused as error:
+            print(f"{error}. Its groups and addresses stay", file=sys.stderr)
+    return [thing for thing in things if thing.cluster in idle]
+
+
+def _removed(cloud: Cloud, thing: Thing) -> bool:
+    try:
+        cloud.remove(thing)
+    except CallFailed as error:
+        if error.verdict != "busy":
+            raise
+        return False
+    print(f"Removed: {thing.what} {thing.id} of {thing.cluster}")
+    return True
