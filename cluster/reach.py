@@ -246,15 +246,16 @@ def holding(shells: Sequence[Shell], every_s: float = 60) -> Iterator[None]:
 def send_code(shells: Sequence[Shell], checkout: Path, *, say: Callable[[str], None] = print,
               interrupted: Callable[[], bool] = never) -> None:
     """The checkout, without what .gitignore names, is ~/txl on every machine; runs/, data/ and venv/ there stay."""
-    _deliver(shells, Parcel(f"{checkout}/", checkout, HOME, CODE), say, interrupted)
+    _deliver(shells, Parcel(f"{checkout.absolute()}/", checkout, HOME, CODE), say, interrupted)
 
 
 def send(shells: Sequence[Shell], local: Path, remote: str, *, say: Callable[[str], None] = print,
          interrupted: Callable[[], bool] = never) -> None:
     """A file, or what is in a folder, into the folder `remote` (below the home) of every machine."""
-    folder = local.is_dir()
-    source, root = (f"{local}/", local) if folder else (str(local), local.parent)
-    _deliver(shells, Parcel(source, root, remote, DATA, "" if folder else local.name), say, interrupted)
+    local = local.absolute()                      # in a relative path rsync may take a colon for a machine's name
+    parcel = Parcel(f"{local}/", local, remote, DATA) if local.is_dir() else (
+        Parcel(str(local), local.parent, remote, DATA, local.name))
+    _deliver(shells, parcel, say, interrupted)
 
 
 def setup(shells: Sequence[Shell], stack_python: str | None, torch: str, index_url: str | None, requirements: str, *,

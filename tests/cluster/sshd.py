@@ -1,7 +1,7 @@
 """Machines for tests: an sshd of one's own per loopback address, all on one port, each with its own home folder.
 
-They log in whoever runs the tests, who need not be root. What a machine has beyond the usual commands is put into its
-bin/, which comes first in its PATH.
+They log in as whoever runs the tests, who need not be root. What a machine has beyond the usual commands is put
+into its bin/, which comes first in its PATH.
 """
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,7 @@ from cluster import ssh
 from cluster.ssh import Host, Shell
 
 SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
+BARE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))      # not the environment's
 needs_sshd = pytest.mark.skipif(not all([SSHD, shutil.which("ssh"), shutil.which("ssh-keygen"), shutil.which("rsync")]),
                                 reason="needs sshd, ssh, ssh-keygen and rsync")
 
@@ -34,13 +37,15 @@ class Machine:
         self.home, self.root, self.bin = (folder / name for name in ("home", "root", "bin"))
         for path in (self.home / ".ssh", self.root / "var/lib/txl/lease", self.bin):
             path.mkdir(parents=True)
+        (folder / "usr").mkdir()
+        (folder / "usr/python3").symlink_to(BARE_PYTHON)
         self.authorized_keys.write_text(authorized)
         self.new_host_key()
         login = folder / "login"
         login.write_text("\n".join([
             "#!/bin/sh",
             f"export HOME={shlex.quote(str(self.home))} TXL_ROOT={shlex.quote(str(self.root))}",
-            f'PATH={shlex.quote(str(self.bin))}:"$PATH"',
+            f'PATH={shlex.quote(str(self.bin))}:{shlex.quote(str(folder))}/usr:"$PATH"',
             "cd",
             'exec sh -c "${SSH_ORIGINAL_COMMAND:-sh}"\n']))
         login.chmod(0o755)
@@ -48,7 +53,8 @@ class Machine:
             f"Port {port}", f"ListenAddress {address}", f"HostKey {folder}/host_key", "PidFile none", "UsePAM no",
             "StrictModes no", f"AuthorizedKeysFile {self.authorized_keys}", f"ForceCommand {login}",
             "PasswordAuthentication no", "KbdInteractiveAuthentication no", "PermitRootLogin yes", "LogLevel VERBOSE",
-            "MaxStartups 100\n"]))
+            "MaxStartups 100",
+            "SetEnv SHLVL=2\n"]))                 # else bash reads the ~/.bashrc of whoever runs the tests
         self.process: subprocess.Popen | None = None
 
     @property
@@ -67,6 +73,14 @@ class Machine:
         for name in ("host_key", "host_key.pub"):
             (self.folder / name).unlink(missing_ok=True)
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / "host_key"], check=True)
+
+    def restart_listener_with_new_host_key(self) -> None:
+        """Connections that are open stay open."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait()
+        self.new_host_key()
+        self.start()
 
     def has(self, name: str, script: str) -> None:
         """Put a command into bin/."""
@@ -124,6 +138,34 @@ class Machines:
 
     def __getitem__(self, i: int) -> Machine:
         return self.all[i]
+
+
+class Relay:
+    """A way to a machine under another address, which counts the bytes that go there."""
+
+    def __init__(self, address: str, to: Machine):
+        self.sent = 0
+        self._to, self._server = to, socket.create_server((address, to.port))
+        threading.Thread(target=self._serve, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _serve(self) -> None:
+        with contextlib.suppress(OSError):        # closed
+            while True:
+                client, _ = self._server.accept()
+                machine = socket.create_connection((self._to.address, self._to.port))
+                for source, target in ((client, machine), (machine, client)):
+                    threading.Thread(target=self._pump, args=(source, target, source is client), daemon=True).start()
+
+    def _pump(self, source: socket.socket, target: socket.socket, counted: bool) -> None:
+        with contextlib.suppress(OSError):        # the other direction has ended
+            while block := source.recv(1 << 16):
+                self.sent += len(block) * counted
+                target.sendall(block)
+        source.close()
+        target.close()
 
 
 @contextlib.contextmanager
