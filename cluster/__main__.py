@@ -99,13 +99,13 @@ def carry_out(do: Callable[[Any, Any], int], words: list[str], options: Any) -> 
 
 
 def split(verb: Verb, rest: list[str]) -> tuple[list[str], list[str]]:
-    """A command line behind its verb into words and flags. A COMMAND begins with the first word behind the flags."""
+    """A command line behind its verb into words and flags. A COMMAND is what follows the flags, or a --."""
     named = verb.most - verb.raw                  # words before the COMMAND
     at = next((i for i, word in enumerate(rest) if i == named or word.startswith("-")), len(rest))
     if not verb.raw:
         return rest[:at], rest[at:]
-    end = next((i for i, word in enumerate(rest) if i >= at and not word.startswith("--")), len(rest))
-    return rest[:at] + rest[end:], rest[at:end]
+    end = next((i for i, word in enumerate(rest) if i >= at and (word == "--" or not word.startswith("--"))), len(rest))
+    return rest[:at] + rest[end + (rest[end:end + 1] == ["--"]):], rest[at:end]
 
 
 def list_verbs() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster import prices, ssh
@@ -16,7 +16,7 @@ from cluster.run import Refused
 from cluster.verbs_lists import Cluster, choose, clusters, doomed, hosts_text, loud, ls_text
 from engine.cli import flag
 
-GONE_S, AGAIN_S = 120, 3                          # a machine's going, during which it keeps its groups and addresses
+TRIES, AGAIN_S = 40, 3                            # two minutes for a machine to go; it keeps its groups until then
 
 
 @dataclass(frozen=True)
@@ -185,19 +185,18 @@ def end(cloud: Cloud, doomed_ones: Iterable[Cluster]) -> None:
         print(f"Terminated: {', '.join(ids)} of {cluster.name}")
 
 
-def remove(cloud: Cloud, things: Iterable[Thing], sleep: Callable[[float], None] = time.sleep) -> int:
+def remove(cloud: Cloud, things: Iterable[Thing]) -> int:
     """Once nothing uses them any more; the clusters are locked meanwhile. Says what is left. Returns an exit status."""
     with contextlib.ExitStack() as locked:
         left = _of_idle(list(things), locked)
-        for waited in range(0, GONE_S + 1, AGAIN_S):
-            busy = [thing for thing in left if not _removed(cloud, thing)]
-            if not busy:
+        for attempt in range(TRIES):
+            left = [thing for thing in left if not _removed(cloud, thing)]
+            if not left:
                 return FINISHED
-            if not waited:
-                print(f"Waiting until the machines are really gone, {GONE_S // 60} minutes at most: still in use are "
-                      + ", ".join(f"{thing.what} {thing.id}" for thing in busy))
-            left = busy
-            sleep(AGAIN_S)
+            if not attempt:
+                print(f"Waiting until the machines are really gone, {TRIES * AGAIN_S:g} s at most: still in use are "
+                      + ", ".join(f"{x.what} {x.id}" for x in left), flush=True)
+            time.sleep(AGAIN_S)
     print(f"Still in use: {', '.join(f'{x.what} {x.id}' for x in left)}. Later:  python -m cluster gc", file=sys.stderr)
     return FAILED
 

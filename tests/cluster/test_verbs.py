@@ -1,0 +1,453 @@
+"""The verbs: what they choose and say as whole values, what they do against the strict EC2 and real sshds."""
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+import uuid
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from cluster import ec2, ssh, verbs, verbs_ssh
+from cluster.__main__ import VERBS, main, split
+from cluster.aws import owner_name
+from cluster.ec2 import Cloud, Instance, Thing
+from cluster.journal import Journal, home
+from cluster.rehearsal.ec2 import StrictEc2
+from cluster.run import Refused
+from cluster.stacks import stack_for
+from cluster.verbs_lists import Cluster, Doomed, choose, doomed, hosts_text, loud, ls_text
+from tests.cluster.sshd import Machine, free_port, needs_sshd
+
+CHECKOUT = Path(__file__).parents[2]
+NOW = 1_800_000_000.0
+HOUR = 3600.0
+ME = owner_name()
+
+
+def machine(id: str, cluster: str, node: int = 0, *, age_h: float = 1, left_h: float | None = 1, owner: str = "ann",
+            market: ec2.Market = "spot", state: str = "running", public: str | None = "198.51.100.7") -> Instance:
+    tags = ec2.tags_of(cluster, owner, "", NOW + HOUR * (left_h or 0), "10/60")
+    if left_h is None:
+        del tags[ec2.EXPIRES]
+    return Instance(id, node, state, "p3.2xlarge", market, "us-east-1a", "10.0.0.1", public, NOW - HOUR * age_h, tags,
+                    "")
+
+
+def thing(what, id: str, cluster: str, *, left_h: float | None = 1) -> Thing:
+    return Thing(what, id, cluster, None if left_h is None else NOW + HOUR * left_h, what in ("volume", "address"))
+
+
+# --- pure ---
+
+def test_an_exact_name_wins_over_a_part_and_of_parts_the_newest_comes_first():
+    new = machine("i-2", "test_16", age_h=1)
+    there = [machine("i-1", "test", age_h=9), new, machine("i-3", "tiny", age_h=5)]
+    assert [x.name for x in choose(there, "test")] == ["test"]
+    assert [x.name for x in choose(there, "t")] == ["test_16", "tiny", "test"]
+    assert choose(there, "_16") == [Cluster("test_16", "ann", (new,))]
+
+
+def test_a_name_that_fits_nothing_is_answered_with_what_there_is():
+    there = [machine("i-1", "test"), machine("i-2", "test", 1), machine("i-3", "tiny", age_h=2)]
+    with pytest.raises(Refused) as refused:
+        choose(there, "big")
+    assert str(refused.value) == "No cluster is called like 'big'; there is: test, tiny"
+    with pytest.raises(Refused, match=r"^There are no machines\.$"):
+        choose([], "big")
+
+
+def test_two_users_clusters_of_one_name_are_two_clusters():
+    assert len(choose([machine("i-1", "test"), machine("i-2", "test", owner="bob")], "test")) == 2
+
+
+def test_ls_is_a_table_oldest_first():
+    there = [machine("i-3", "new", age_h=.5, market="ondemand", left_h=50),
+             machine("i-2", "old", 1, age_h=3, left_h=-2),
+             machine("i-1", "old", 0, age_h=3, left_h=None, public=None),
+             machine("i-4", "off", age_h=.1, state="stopped")]
+    assert ls_text(there, NOW, {"i-1": 2.0, "i-3": 3.06, "i-4": 1.0}) == """\
+name  node  owner  type        market    zone        age         cost       deadline          state    address
+old   0     ann    p3.2xlarge  spot      us-east-1a  3 h 00 min  $6.00      NONE              running  -
+old   1     ann    p3.2xlarge  spot      us-east-1a  3 h 00 min  unknown    PAST, 2 h 00 min  running  198.51.100.7
+new   0     ann    p3.2xlarge  ondemand  us-east-1a  30 min      $1.53      in 2 days         running  198.51.100.7
+off   0     ann    p3.2xlarge  spot      us-east-1a  6 min       disk only  in 1 h 00 min     stopped  198.51.100.7"""
+
+
+def test_what_costs_and_should_not_is_told_loudly():
+    there = [machine("i-1", "fine"), machine("i-2", "late", left_h=-3), machine("i-3", "mute", left_h=None)]
+    things = [thing("address", "eip-1", "fine"), thing("address", "eip-2", "gone"),
+              thing("security group", "sg-1", "gone")]
+    assert list(loud(there, things, NOW)) == [
+        "!!! i-2 (late, node 0) should have ended 3 h 00 min ago. End it:  python -m cluster gc",
+        "!!! i-3 (mute, node 0) does not say when it ends (txl:expires). If nobody needs it:  "
+        "python -m cluster kill mute",
+        "!!! address eip-2 of gone costs, without a machine:  python -m cluster gc"]
+
+
+def test_gc_takes_what_is_past_its_deadline_and_what_has_no_machine_but_no_group_of_a_launch_elsewhere():
+    late, fine, mute = (machine("i-1", "late", left_h=-1), machine("i-2", "fine"), machine("i-3", "mute", left_h=None))
+    things = {name: thing(what, name, cluster, left_h=left_h) for name, what, cluster, left_h in (
+        ("of late", "security group", "late", -1),
+        ("of fine", "security group", "fine", 1),
+        ("of mute", "volume", "mute", None),
+        ("open request of fine", "spot request", "fine", 1),
+        ("costs", "address", "gone", 1),
+        ("launched here", "placement group", "here", 1),
+        ("launching elsewhere?", "placement group", "elsewhere", 1),
+        ("expired elsewhere", "security group", "old", -1))}
+    assert doomed([late, fine, mute], things.values(), NOW, known={"here"}) == Doomed((late,), tuple(
+        things[name] for name in ("of late", "open request of fine", "costs", "launched here", "expired elsewhere")))
+
+
+def test_a_cluster_of_which_one_machine_has_time_left_keeps_its_group():
+    group, late = thing("security group", "sg-1", "x"), machine("i-1", "x", left_h=-1)
+    assert doomed([late, machine("i-2", "x", 1)], [group], NOW, {"x"}) == Doomed((late,), ())
+
+
+def test_hosts_are_lines_for_etc_hosts():
+    there = [machine("i-1", "x", 1, public="198.51.100.2"), machine("i-0", "x", 0), machine("i-2", "x", 2, public=None)]
+    assert hosts_text(there) == "198.51.100.7\tx-node-0\n198.51.100.2\tx-node-1"
+
+
+def test_a_node_is_told_in_a_line():
+    running = {"launch": "1", "state": "running", "status": None, "at": NOW - 2}
+    ended = running | {"state": "ended", "status": 1, "at": NOW - 120}
+    deadline = {"in_s": 1180.0, "why": "no lease"}
+    assert [verbs_ssh.node_text(*said, NOW) for said in (
+        (running, None, deadline), (ended, None, deadline), (None, None, None))] == [
+        "running, last heard 2 s ago; powers itself off in 19 min as things stand (no lease)",
+        "ended with status 1, 2 min ago; powers itself off in 19 min as things stand (no lease)",
+        "no supervisor; NO WATCHDOG answers for its end"]
+
+
+@pytest.mark.parametrize(("line", "words", "flags"), [
+    ("ls", [], []),
+    ("ls tiny --all", ["tiny"], ["--all"]),
+    ("kill tiny --region us-west-2", ["tiny"], ["--region", "us-west-2"]),
+    ("cmd x ls -l --all", ["x", "ls", "-l", "--all"], []),
+    ("cmd x --all_nodes ls -l", ["x", "ls", "-l"], ["--all_nodes"]),
+    ("cmd x -- --odd", ["x", "--odd"], []),
+    ("ssh", [], []),
+    ("ssh --node=1", [], ["--node=1"]),
+    ("ssh x --node=1 -- ls --", ["x", "ls", "--"], ["--node=1"]),
+    ("put x a b", ["x", "a", "b"], []),
+    ("gc surplus", [], ["surplus"])])
+def test_words_come_first_then_flags_then_a_command_as_it_stands(line, words, flags):
+    verb, *rest = line.split()
+    assert split(VERBS[verb], rest) == (words, flags)
+
+
+@pytest.mark.parametrize(("line", "said"), [
+    ("kil x", "Did you mean 'kill'"), ("kill", "Something is missing"), ("kill x --al", "Did you mean '--all'"),
+    ("gc x", "What is 'x' for")])
+def test_misuse_is_told_with_status_2(line, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(line.split())
+    assert (ended.value.code, said in capsys.readouterr().err) == (2, True)
+
+
+def test_help_has_a_line_for_each_verb(capsys):
+    assert main(["--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(sum(line.startswith(f"  {name} ") for line in lines) == 1 for name in VERBS)
+
+
+# --- against EC2 ---
+
+@pytest.fixture(scope="module")
+def strict():
+    """EC2 with a client: making either takes most of a second."""
+    with StrictEc2() as strict, pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ENDPOINT_URL": strict.url, "AWS_ACCESS_KEY_ID": "x", "AWS_SECRET_ACCESS_KEY": "x",
+                            "AWS_DEFAULT_REGION": "us-east-1", "AWS_CONFIG_FILE": "/dev/null",
+                            "AWS_SHARED_CREDENTIALS_FILE": "/dev/null", "AWS_EC2_METADATA_DISABLED": "true"}.items():
+            patch.setenv(name, value)
+        patch.delenv("AWS_PROFILE", raising=False)
+        cloud = Cloud()
+        for module in (verbs, verbs_ssh):
+            patch.setattr(module, "Cloud", lambda region: cloud)
+        yield strict, cloud
+
+
+@pytest.fixture
+def bench(strict, tmp_path, monkeypatch):
+    """An empty account, and a laptop that nobody sits at."""
+    ec2_, cloud = strict
+    ec2_.world.boot_s = ec2_.world.shutdown_s = 0
+    ec2_.calls.clear()
+    monkeypatch.setenv("TXL_HOME", str(tmp_path / "txl"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(verbs, "AGAIN_S", .1)
+    with open(os.devnull) as nobody:
+        monkeypatch.setattr("sys.stdin", nobody)
+        yield SimpleNamespace(cloud=cloud, world=ec2_.world, count=ec2_.count)
+    ec2_.world.shutdown_s = 0
+    cloud.terminate(x.id for x in cloud.instances())
+    until(lambda: all(x.state == "terminated" for x in cloud.instances(alive=False)))
+    for thing in cloud.leftovers():
+        cloud.remove(thing)
+
+
+def launched(bench, name: str, count: int = 1, *, market: ec2.Market = "spot", owner: str | None = None,
+             left_h: float = 5) -> list[Instance]:
+    """Machines as a launch makes them."""
+    cloud, owner = bench.cloud, owner or owner_name()
+    kind = cloud.type("c5.large")
+    network, image = cloud.network(), cloud.image(stack_for(kind).image)
+    zone = sorted(network.subnets)[0]
+    tags = ec2.tags_of(name, owner, "", time.time() + HOUR * left_h, "10/60")
+    group = cloud.security_group(f"txl-{owner}-{name}", network.vpc, "127.0.0.1/32", tags)
+    placement = cloud.placement_group(f"txl-{owner}-{name}", tags) if count > 1 else None
+    cloud.run_instances(ec2.run_instances_request(
+        kind=kind, count=count, market=market, zone=zone, subnet=network.subnets[zone], group=group,
+        placement=placement, image=image, disk_gib=10, user_data="", tags=tags, token=uuid.uuid4().hex))
+    until(lambda: all(x.state == "running" for x in cloud.instances(cluster=name, owner=owner)))
+    return cloud.instances(cluster=name, owner=owner)
+
+
+def left(bench) -> tuple[set[str], set[str]]:
+    """OWNER/CLUSTER of what has machines, and the clusters that have groups."""
+    return ({f"{x.tags[ec2.OWNER]}/{x.tags[ec2.CLUSTER]}" for x in bench.cloud.instances()},
+            {x.cluster for x in bench.cloud.leftovers()})
+
+
+def test_kill_ends_the_machines_and_then_what_they_held_and_nothing_else(bench, capsys):
+    ids = {x.id for x in launched(bench, "one", 2)}
+    launched(bench, "two")
+    launched(bench, "one", owner="bob")
+    bench.world.shutdown_s = .3
+    assert main(["kill", "one", "--yes"]) == 0
+    assert left(bench) == ({f"{ME}/two", "bob/one"}, {"two", "one"})
+    assert not bench.cloud.leftovers(cluster="one", owner=ME)
+    assert set(Journal("one").notes("gone")[0]["ids"]) == ids
+    assert "Waiting until the machines are really gone" in capsys.readouterr().out
+
+
+def test_kill_of_several_machines_wants_a_yes_and_of_another_users_all(bench, capsys):
+    launched(bench, "one", 2)
+    launched(bench, "hers", owner="bob")
+    for line, said in (("kill one", "End one of "), ("kill hers", "No cluster is called like 'hers'; there is: one")):
+        with pytest.raises(SystemExit) as ended:
+            main(line.split())
+        assert (ended.value.code, said in capsys.readouterr().err) == (2, True)
+    assert bench.count("TerminateInstances") == 0
+    assert main(["kill", "hers", "--all"]) == 0
+    assert left(bench)[0] == {f"{ME}/one"}
+
+
+def test_kill_leaves_the_groups_to_a_launcher_that_is_at_work_on_them_and_gc_takes_them_later(bench, capsys):
+    launched(bench, "one")
+    with Journal("one").alone("launched"):
+        assert main(["kill", "one"]) == 0
+    assert left(bench) == (set(), {"one"})
+    assert "one is being worked on: launched by" in capsys.readouterr().err
+    Journal("one").note("intent", token="x")
+    assert main(["gc"]) == 0
+    assert left(bench) == (set(), set())
+
+
+def test_kill_says_what_is_left_when_a_machine_does_not_go(bench, capsys, monkeypatch):
+    monkeypatch.setattr(verbs, "TRIES", 2)
+    bench.world.shutdown_s = 1000
+    launched(bench, "one")
+    assert main(["kill", "one"]) == 1
+    assert "python -m cluster gc" in capsys.readouterr().err
+    bench.world.shutdown_s = 0
+    for machine in bench.world.machines.values():
+        machine.due = machine.due and 0
+
+
+def test_gc_ends_what_is_past_its_deadline_and_a_dry_run_ends_nothing(bench, capsys):
+    late, = launched(bench, "late", left_h=-1)
+    launched(bench, "fine")
+    launched(bench, "hers", owner="bob", left_h=-1)
+    assert main(["gc", "--dry_run"]) == 0
+    assert f"machine {late.id} of late, past its deadline" in capsys.readouterr().out
+    assert left(bench)[0] == {f"{ME}/late", f"{ME}/fine", "bob/hers"}
+    assert main(["gc"]) == 0
+    assert left(bench) == ({f"{ME}/fine", "bob/hers"}, {"fine", "hers"})
+
+
+def test_ls_lists_with_cost_as_noted_at_the_launch_and_others_only_if_asked_to(bench, capsys):
+    one, = launched(bench, "one")
+    launched(bench, "hers", owner="bob", left_h=-1)
+    Journal("one").note("launched", ids=[one.id, "i-other"], usd_per_hour=2 * 3600.0, until=NOW, market="spot")
+    before = time.time()
+    assert main([]) == 0
+    head, _, row, *more = capsys.readouterr().out.splitlines()
+    assert (head.startswith("us-east-1, account "), more) == (True, [])
+    words = row.split()
+    assert before - one.launched <= float(words.pop(8).strip("$")) + .01 <= time.time() - one.launched + .02
+    assert words == ["one", "0", ME, "c5.large", "spot", one.zone, "0", "min", "in", "4", "h", "59", "min", "running",
+                     one.public]
+    assert main(["ls", "--all"]) == 0
+    assert "(hers, node 0) should have ended 1 h 00 min ago" in capsys.readouterr().out
+
+
+def test_on_demand_machines_stop_and_start_and_spot_ones_are_told_what_to_do_instead(bench, capsys):
+    launched(bench, "spotty")
+    with pytest.raises(SystemExit):
+        main(["stop", "spotty"])
+    assert "python -m cluster kill spotty" in capsys.readouterr().err
+    launched(bench, "steady", market="ondemand")
+    assert main(["stop", "steady"]) == 0
+    until(lambda: bench.cloud.instances(cluster="steady")[0].state == "stopped")
+    assert main(["start", "steady"]) == 0
+    until(lambda: bench.cloud.instances(cluster="steady")[0].state == "running")
+    assert bench.count("StopInstances") == bench.count("StartInstances") == 1
+
+
+def test_keys_prints_the_public_key_that_is_there(bench, capsys):
+    assert main(["keys"]) == 0
+    path, key = capsys.readouterr().out.splitlines()
+    assert (Path(path).read_text().strip(), key.split()[0]) == (key, "ssh-ed25519")
+
+
+def test_spot_prices_are_listed_cheapest_first(bench, capsys):
+    assert main(["spot_prices", "p3dn.24xlarge"]) == 0
+    first, second, listed = capsys.readouterr().out.splitlines()
+    assert (first.split()[0], second.split()[0]) == ("us-east-1c", "us-east-1d")
+    assert float(first.split("$")[1].split()[0]) < float(second.split("$")[1].split()[0])
+    assert listed.startswith("on demand        $31.2120 per hour, list of ")
+
+
+# --- on machines ---
+
+@pytest.fixture
+def two(bench, tmp_path, monkeypatch):
+    """A cluster of two whose machines are sshds, with a run that has written what runs write."""
+    there, port = launched(bench, "one", 2), free_port()
+    monkeypatch.setenv("TXL_SSH_PORT", str(port))
+    authorized = ssh.key(home()).with_suffix(".pub").read_text()
+    hosts = [Machine(tmp_path / f"machine-{x.node}", x.public or "", port, authorized) for x in there]
+    try:
+        for host in hosts:
+            host.start()
+            (host.home / "txl/runs/one/logs").mkdir(parents=True)
+            (host.home / "txl/runs/one/nodes").mkdir()
+        user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
+        yield SimpleNamespace(hosts=hosts, user=f"--ssh_user={user}")
+        for x in there:
+            ssh.Shell(Journal("one").folder / "ssh_config", f"node-{x.node}").close()
+    finally:
+        for host in hosts:
+            host.stop()
+
+
+@needs_sshd
+def test_commands_run_on_one_machine_or_on_all_and_the_config_keeps_the_user(two, capfd):
+    for host, name in zip(two.hosts, ("a", "b")):
+        (host.home / "who").write_text(f"{name}\n")
+    assert main(["cmd", "one", two.user, "cat who | tr a-z A-Z"]) == 0
+    assert main(["cmd", "one", "--node=1", "cat", "who"]) == 0             # the user is known by now
+    assert main(["ssh", "one", "--node=1", "cat", "no such file"]) == 1
+    assert main(["cmd", "one", "--all_nodes", "--yes", "cat who; test $(cat who) = a"]) == 1
+    said = capfd.readouterr()
+    assert said.out.splitlines() == ["A", "b", "node-0: a", "node-1: b"]
+    assert "node-1: status 1" in said.err
+    with pytest.raises(SystemExit):
+        main(["cmd", "one", "--all_nodes", "cat who"])
+    assert "Nobody is here to answer" in capfd.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["ssh", "one", "--node=2"])
+    assert "node-2 does not run; there is node-0, node-1" in capfd.readouterr().err
+
+
+@needs_sshd
+def test_files_go_there_and_come_back(two, tmp_path, capfd):
+    (tmp_path / "a b").write_text("text\n")
+    assert main(["put", "one", "a b", "there/", "--node=1", two.user]) == 0
+    assert (two.hosts[1].home / "there/a b").read_text() == "text\n"
+    assert main(["get", "one", "there/a b", "back", "--node=1"]) == 0
+    assert (tmp_path / "back").read_text() == "text\n"
+    assert main(["cat", "one", "there/a b", "--node=1"]) == 0
+    assert capfd.readouterr().out == "text\n"
+
+
+@needs_sshd
+def test_status_tells_of_supervisors_the_training_and_the_power_off_and_of_a_machine_that_is_silent(two, capfd):
+    first, second = two.hosts
+    (first.home / "txl/runs/one/nodes/0.json").write_text(
+        json.dumps({"launch": "1", "state": "running", "status": None, "pid": 1, "beat": 3, "at": time.time()}))
+    (first.home / "txl/runs/one/status.json").write_text(json.dumps({"state": "training", "step": 7, "message": ""}))
+    (first.root / "var/lib/txl/deadline.json").write_text(json.dumps({"in_s": 1199.0, "why": "no lease"}))
+    second.stop()
+    assert main(["status", "one", two.user]) == 1
+    node_0, node_1, training = capfd.readouterr().out.splitlines()
+    assert node_0.split(" ", 2)[2].startswith("running, last heard ")
+    assert node_0.endswith("powers itself off in 19 min as things stand (no lease)")
+    assert "no answer: " in node_1
+    assert training == "training: training at step 7"
+
+
+@needs_sshd
+def test_a_ranks_log_is_found_on_the_machine_that_has_it_and_followed_until_ctrl_c(two, capfd):
+    log = two.hosts[1].home / "txl/runs/one/logs/rank-3.log"
+    log.write_text("step 1\n")
+    assert main(["logs", "one", "--rank=3", two.user]) == 0
+    assert capfd.readouterr().out == "step 1\n"
+    with pytest.raises(SystemExit):
+        main(["logs", "one", "--rank=4"])
+    with following("logs", "one", "-f", "--rank=3") as program:
+        assert program.stdout.readline() == "step 1\n"
+        with open(log, "a") as file:
+            file.write("step 2\n")
+        assert program.stdout.readline() == "step 2\n"
+
+
+@needs_sshd
+def test_tensorboard_is_started_on_node_0_and_reached_through_a_tunnel(two, capfd):
+    first, real = two.hosts[0], sys.executable
+    first.has("python3", f"""[ "$2" = tensorboard.main ] || exec {real} "$@"
+for word; do case $word in --port=*) port=${{word#--port=}} ;; esac; done
+echo $$ > pid
+exec {real} -m http.server --bind 127.0.0.1 $port""")
+    (first.home / "txl/marker").write_text("node 0")
+    try:
+        with following("tensorboard", "one", two.user) as program:
+            url = next(line for line in program.stdout if "http://" in line).split()[-1]
+            assert urllib.request.urlopen(f"{url}/marker", timeout=10).read() == b"node 0"
+    finally:
+        os.kill(int((first.home / "txl/pid").read_text()), signal.SIGKILL)
+
+
+def test_logs_of_a_run_without_machines_are_those_here(bench, tmp_path, capfd):
+    (tmp_path / "runs/here/logs").mkdir(parents=True)
+    (tmp_path / "runs/here/recipe.json").touch()
+    (tmp_path / "runs/here/logs/rank-0.log").write_text("step 5\n")
+    launched(bench, "here_too")
+    assert main(["logs", "here"]) == 0
+    assert capfd.readouterr().out == "step 5\n"
+
+
+class following:
+    """A verb in a process of its own, which Ctrl-C must end well."""
+    def __init__(self, *words: str):
+        self.process = subprocess.Popen([sys.executable, "-m", "cluster", *words], stdout=subprocess.PIPE, text=True,
+                                        stdin=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+                                        start_new_session=True)
+
+    def __enter__(self):
+        return self.process
+
+    def __exit__(self, kind, error, trace):
+        self.process.send_signal(signal.SIGINT)
+        try:
+            assert self.process.wait(10) == 0 or error
+        finally:
+            self.process.kill()
+            self.process.communicate()
+
+
+def until(holds) -> None:
+    deadline = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(.05)
