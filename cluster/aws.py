@@ -286,9 +286,9 @@ class Launch:
 
     def ondemand_allowed(self) -> tuple[bool, str]:
         """Whether on-demand machines may take the place of spot ones, and what to say where not."""
-        command = self.plan.command
         if self.terms.fallback is None:
-            return False, f"On demand:  {command} --fallback=ondemand   Longer:  {command} --wait=60"
+            return False, ("Take on-demand machines then with --fallback=ondemand, or at once with --nospot; or wait "
+                           "longer for spot, --wait=MINUTES.")
         estimate = estimated(self.facts, self.plan.config, self.plan.layout.ranks, spot=False)
         total = None if estimate is None else estimate.total_usd
         if self.terms.budget is None or (total is not None and total + self.facts.spent_usd <= self.terms.budget):

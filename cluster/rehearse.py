@@ -6,7 +6,7 @@ and what is left is counted.
 """
 from __future__ import annotations
 
-import os
+import math
 import re
 import shutil
 import signal
@@ -58,7 +58,7 @@ class Stage:
     """A bench, and the launcher's processes on it."""
 
     def __init__(self, bench: Bench, folder: Path, config: Config):
-        self.bench, self.folder = bench, folder
+        self.bench, self.folder, self.count = bench, folder, config.machines.count
         machines = config.machines
         kind = machines.kind if machines.kind != LOCAL else KIND_FOR_LOCAL
         self.command = [sys.executable, str(CHECKOUT / "launch.py"), "--config=tiny", "--backend=aws", f"--name={NAME}",
@@ -71,13 +71,12 @@ class Stage:
         """The launcher's exit status, its output on ours."""
         return self.start(*more).wait()
 
-    def start(self, *more: str) -> subprocess.Popen:
-        return subprocess.Popen([*self.command, *more], cwd=self.folder, env=os.environ | self.bench.env)
+    def start(self, *more: str, stdout: int | None = None) -> subprocess.Popen[str]:
+        return subprocess.Popen([*self.command, *more], cwd=self.folder, env=self.bench.env, stdout=stdout, text=True)
 
-    def launch_until(self, marker: str) -> subprocess.Popen:
+    def launch_until(self, marker: str) -> subprocess.Popen[str]:
         """The launcher, once it has printed a line with `marker`."""
-        launcher = subprocess.Popen(self.command, cwd=self.folder, env=os.environ | self.bench.env,
-                                    stdout=subprocess.PIPE, text=True)
+        launcher = self.start(stdout=subprocess.PIPE)
         assert launcher.stdout is not None
         for line in launcher.stdout:
             print(line, end="", flush=True)
@@ -109,8 +108,8 @@ class Stage:
         machines = {machine.id: machine for machine in self.bench.instances()}
         print(bill(Spell(machines[x.id].node, x.id, x.kind, machines[x.id].market, x.zone, x.hours,
                          x.usd / x.hours if x.hours else None) for x in self.bench.bill()))
-        subprocess.run([sys.executable, "-m", "cluster", "gc", "--yes"], cwd=CHECKOUT,
-                       env=os.environ | self.bench.env, check=False)
+        subprocess.run([sys.executable, "-m", "cluster", "gc", "--yes"], cwd=CHECKOUT, env=self.bench.env,
+                       check=False)
         left = [*self.alive(), *map(str, self.bench.leftovers())]
         print("Left over: " + (", ".join(left) or "nothing."))
         return not left
@@ -118,9 +117,10 @@ class Stage:
 
 def capacity(stage: Stage) -> bool:
     """the best zone has no room for all machines: another one gets the whole gang"""
-    stage.bench.world.capacity["spot", "us-east-1c"] = 0
-    stage.bench.world.capacity["spot", "us-east-1a"] = 0
-    return stage.launch() == 0
+    stage.bench.ec2.fail("GetSpotPlacementScores", "UnauthorizedOperation", times=math.inf)     # else it is not asked
+    best = stage.start("--dry_run", stdout=subprocess.PIPE).communicate()[0].partition("one of ")[2].partition(",")[0]
+    stage.bench.world.capacity["spot", best] = stage.count - 1
+    return stage.launch() == 0 and {machine.zone for machine in stage.bench.instances()} != {best}
 
 
 def no_capacity(stage: Stage) -> bool:
