@@ -80,6 +80,8 @@ def main(argv: list[str]) -> int:
     options: Any = parse(verb.flags, flags, prog=prog, about=verb.about)
     if len(words) < verb.least:
         misuse(f"Something is missing:  {this_python()} {prog}")
+    if words and not words[0]:                    # an unset variable of a shell's: it would mean all clusters
+        misuse("The name is empty.")
     return carry_out(verb.do, words, options)
 
 

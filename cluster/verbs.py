@@ -115,7 +115,7 @@ def start(words: Sequence[str], flags: Asking) -> int:
         raise Refused(f"No machine of {found.name} is stopped")
     agree(f"Start {len(machines)} machines of {found.name}?", flags.yes, len(machines) > 1)
     cloud.start_instances(x.id for x in machines)
-    print("Starting. Give the launch command again: without a training they end themselves after 20 minutes.")
+    print("Starting. Give the launch command again: without a training their watchdogs soon end them.")
     return FINISHED
 
 

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cluster import ssh as openssh
 from cluster.ec2 import CallFailed, Cloud
@@ -28,6 +28,7 @@ from cluster.verbs import Region, agree, one_cluster
 from cluster.verbs_lists import Cluster, span
 from engine.cli import flag
 
+T = TypeVar("T")
 COMMAND_S = 3600                                  # a command on all machines ends after this
 # The JSON of each file, null where it is not there or not whole; the machine's clock last. Python 3.8.
 LOOK = """
@@ -83,27 +84,22 @@ class Logs(To):
 
 def status(words: Sequence[str], flags: To) -> int:
     found, shells = connect(words, flags)
-    run, there = f"txl/runs/{found.name}", {shell.host.node: shell for shell in shells if shell.host}
-    failed = False
+    run = f"txl/runs/{found.name}"
 
-    def look(shell: Shell) -> list[Any] | str:
-        node = shell.host.node if shell.host else 0
-        paths = shlex.join([f"{run}/nodes/{node}.json", f"{run}/status.json"])
-        try:
-            said = shell.run(f'python3 -c {shlex.quote(LOOK)} {paths} "${{TXL_ROOT:-}}/var/lib/txl/deadline.json"').out
-            return json.loads(said)
-        except (Trouble, ValueError) as error:
-            return f"no answer: {error}"
+    def look(shell: Shell) -> list[Any]:
+        paths = shlex.join([f"{run}/nodes/{shell.name.removeprefix('node-')}.json", f"{run}/status.json"])
+        return json.loads(shell.run(f'python3 -c {shlex.quote(LOOK)} {paths} '
+                                    f'"${{TXL_ROOT:-}}/var/lib/txl/deadline.json"').out)
 
-    answers = dict(zip(there, each(list(there.values()), look, name=lambda shell: shell.name)))
+    answers = {shell.name: answer for shell, answer in zip(shells, _asked(shells, look))}
     for x in found.machines:
-        said = answers.get(x.node, f"it is {x.state}")
-        failed |= isinstance(said, str)
-        print(f"node-{x.node} {x.id}: {said if isinstance(said, str) else node_text(*said)}")
-    first = answers.get(0)
+        said = answers.get(f"node-{x.node}", f"it is {x.state}")
+        print(f"node-{x.node} {x.id}: "
+              + (node_text(*said) if isinstance(said, list) else getattr(said, "reason", str(said))))
+    first = answers.get("node-0")
     if isinstance(first, list):
         print(f"training: {training_text(first[1] or {})}")
-    return FAILED if failed else FINISHED
+    return FINISHED if all(isinstance(answer, list) for answer in answers.values()) else FAILED
 
 
 def node_text(node: Mapping[str, Any] | None, training: object, deadline: Mapping[str, Any] | None, now: float) -> str:
@@ -135,9 +131,10 @@ def logs(words: Sequence[str], flags: Logs) -> int:
         return _until_ctrl_c([*tail, str(path)])
     found, shells = where
     path = Path("txl/runs", found.name, file)
-    has = f"test -e {shlex.quote(str(path))}"
-    there = each(shells, lambda shell: shell.run(has, check=False).status == 0, name=lambda shell: shell.name)
-    if not any(there):
+    there = _asked(shells, lambda shell: shell.run(f"test -e {shlex.quote(str(path))}", check=False).status == 0)
+    if True not in there:
+        if silent := [answer for answer in there if isinstance(answer, Trouble)]:
+            raise silent[0]
         raise Refused(f"No machine of {found.name} has {path} yet. What torchrun said:  "
                       f"python -m cluster cat {found.name} txl/runs/{found.name}/logs/node-0.log")
     shell = shells[there.index(True)]
@@ -157,14 +154,20 @@ def cmd(words: Sequence[str], flags: ToSome) -> int:
     line = words[1] if len(words) == 2 else shlex.join(words[1:])
     agree(f"Run {line!r} on {len(shells)} machines of {found.name}?", flags.yes, len(shells) > 1)
     with interruptible() as interrupted:
-        results = each(shells, lambda shell: shell.run(line, check=False, tied=True, timeout_s=COMMAND_S,
-                                                       interrupted=interrupted), name=lambda shell: shell.name)
+        results = _asked(shells, lambda shell: shell.run(line, check=False, tied=True, timeout_s=COMMAND_S,
+                                                         interrupted=interrupted))
+    failed = False
     for shell, result in zip(shells, results):
+        if isinstance(result, Trouble):
+            failed = True
+            print(result, file=sys.stderr)
+            continue
         for text, file in ((result.out, sys.stdout), (result.err, sys.stderr)):
             print("".join(f"{shell.name}: {said}\n" for said in text.splitlines()), end="", file=file)
         if result.status:
+            failed = True
             print(f"{shell.name}: status {result.status}", file=sys.stderr)
-    return FAILED if any(result.status for result in results) else FINISHED
+    return FAILED if failed else FINISHED
 
 
 def cat(words: Sequence[str], flags: ToOne) -> int:
@@ -275,6 +278,16 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         yield pressed.is_set
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def _asked(shells: Sequence[Shell], ask: Callable[[Shell], T]) -> list[T | Trouble]:
+    """What each answers, or what is wrong with it: one that is silent does not silence the others."""
+    def answer(shell: Shell) -> T | Trouble:
+        try:
+            return ask(shell)
+        except Trouble as error:
+            return error
+    return each(shells, answer, name=lambda shell: shell.name)
 
 
 def _at(shell: Shell, words: Sequence[str]) -> int:

@@ -3,6 +3,10 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 
+import launch_tensorboard
 from cluster import ec2, ssh, verbs, verbs_ssh
 from cluster.__main__ import VERBS, main, split
 from cluster.aws import owner_name
@@ -146,10 +151,10 @@ def test_words_come_first_then_flags_then_a_command_as_it_stands(line, words, fl
 
 @pytest.mark.parametrize(("line", "said"), [
     ("kil x", "Did you mean 'kill'"), ("kill", "Something is missing"), ("kill x --al", "Did you mean '--all'"),
-    ("gc x", "What is 'x' for")])
+    ("gc x", "What is 'x' for"), ("kill ''", "The name is empty")])
 def test_misuse_is_told_with_status_2(line, said, capsys):
     with pytest.raises(SystemExit) as ended:
-        main(line.split())
+        main(shlex.split(line))
     assert (ended.value.code, said in capsys.readouterr().err) == (2, True)
 
 
@@ -358,6 +363,10 @@ def test_commands_run_on_one_machine_or_on_all_and_the_config_keeps_the_user(two
     with pytest.raises(SystemExit):
         main(["ssh", "one", "--node=2"])
     assert "node-2 does not run; there is node-0, node-1" in capfd.readouterr().err
+    two.hosts[0].stop()
+    assert main(["cmd", "one", "--all_nodes", "--yes", "cat who"]) == 1
+    said = capfd.readouterr()
+    assert (said.out, said.err.startswith("node-0: ")) == ("node-1: b\n", True)
 
 
 @needs_sshd
@@ -383,7 +392,7 @@ def test_status_tells_of_supervisors_the_training_and_the_power_off_and_of_a_mac
     node_0, node_1, training = capfd.readouterr().out.splitlines()
     assert node_0.split(" ", 2)[2].startswith("running, last heard ")
     assert node_0.endswith("powers itself off in 19 min as things stand (no lease)")
-    assert "no answer: " in node_1
+    assert "Connection refused" in node_1
     assert training == "training: training at step 7"
 
 
@@ -416,6 +425,39 @@ exec {real} -m http.server --bind 127.0.0.1 $port""")
             assert urllib.request.urlopen(f"{url}/marker", timeout=10).read() == b"node 0"
     finally:
         os.kill(int((first.home / "txl/pid").read_text()), signal.SIGKILL)
+
+
+@needs_sshd
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="needs tmux")
+def test_attach_shows_the_nodes_log_in_a_tmux_that_stays(two):
+    first, tmux = two.hosts[0], shutil.which("tmux")
+    first.has("tmux", f'export TMUX_TMPDIR="{first.folder}"\nexec {tmux} "$@"')
+    (first.home / "txl/runs/one/logs/node-0.log").write_text("torchrun says\n")
+    keyboard, terminal = pty.openpty()
+    program = subprocess.Popen([sys.executable, "-m", "cluster", "attach", "one", two.user], stdin=terminal,
+                               stdout=terminal, stderr=terminal, start_new_session=True,
+                               env=os.environ | {"PYTHONPATH": str(CHECKOUT), "TERM": "xterm"})
+    try:
+        seen = b""
+        while b"torchrun says" not in seen:
+            assert select.select([keyboard], [], [], 20)[0], seen
+            seen += os.read(keyboard, 10_000)
+        os.write(keyboard, b"\x02d")              # Ctrl-B D
+        assert program.wait(10) == 0
+        sessions = subprocess.run([first.bin / "tmux", "ls"], capture_output=True, text=True).stdout
+        assert sessions.startswith("txl-one: ")
+    finally:
+        program.kill()
+        program.wait()
+        subprocess.run([first.bin / "tmux", "kill-server"], check=False)
+        os.close(keyboard)
+        os.close(terminal)
+
+
+def test_launch_tensorboard_is_the_verb_and_refuses_a_run_that_is_nowhere(bench, capsys):
+    with pytest.raises(SystemExit) as ended:
+        launch_tensorboard.main(["--name=nowhere"])
+    assert (ended.value.code, capsys.readouterr().err) == (2, "There are no machines.\n")
 
 
 def test_logs_of_a_run_without_machines_are_those_here(bench, tmp_path, capfd):
