@@ -30,7 +30,7 @@ from engine.run import processor
 from engine.task import Position
 from engine.values import BadValue, nearest, override
 from engine.world import World, world
-from txl.config import Recipe, train_flops_per_token
+from txl.config import Recipe, flops_per_token
 from txl.task import TransformerXLTask
 
 TABLE = Path(__file__).with_name("train.md")
@@ -83,7 +83,7 @@ def main(argv: list[str]) -> int:
             return 0
         name = torch.cuda.get_device_name() if w.device.type == "cuda" else processor()
         peak = peak_flops(name, recipe.precision)
-        flops = train_flops_per_token(recipe.model, recipe.context, _n_token(recipe))
+        flops = flops_per_token(recipe.model, recipe.context, _n_token(recipe))
         mfu = f"{timing.rate * flops / peak / w.size:.1%}" if peak else "no peak known"
         memory = (torch.cuda.max_memory_allocated() / 2 ** 30 if w.device.type == "cuda"
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)

@@ -169,3 +169,21 @@ class Recipe:
     def params(self) -> int | None:
         """Trainable parameters; None where only the data tells, by the size of its vocabulary."""
         raise NotImplementedError
+
+    @property
+    def flops_per_token(self) -> float | None:
+        """Floating-point operations that training needs per target, to estimate time and cost; None: not known."""
+        return None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Files and folders that training reads, absolute or relative to where it runs: what a machine must have."""
+        return ()
+
+    @property
+    def prepare(self) -> tuple[str, ...] | None:
+        """Python's arguments that make those inputs which have a published origin, where they are absent.
+
+        What they find they leave as it is. None where nothing can be had that way.
+        """
+        return None

@@ -131,6 +131,23 @@ class Recipe(engine.Recipe):
     def params(self) -> int | None:
         return n_params(self.model, self.data.n_token) if self.data.n_token is not None else None
 
+    @property
+    def flops_per_token(self) -> float | None:
+        n_token = self.data.n_token
+        return flops_per_token(self.model, self.context, n_token) if n_token is not None else None
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The text's folder with the tokens below it, GPT-2's byte pairs, the run that training starts from."""
+        bpe_files = self.data.bpe_files if self.data.vocab == "bpe" else None
+        return tuple(path for path in (self.data.dir, bpe_files, self.init_from) if path is not None)
+
+    @property
+    def prepare(self) -> tuple[str, ...] | None:
+        if self.data.dataset == "text":
+            return None
+        return "-m", "txl.data", *(f"--{name}={value}" for name, value in vars(self.data).items() if value)
+
 
 def n_params(model: Model, n_token: int) -> int:
     """Trainable parameters of `model` over a vocabulary of `n_token`, without building it."""
@@ -150,7 +167,7 @@ def n_params(model: Model, n_token: int) -> int:
             + tables * (1 if model.tie_weight else 2) + n_token + clusters + sum(in_projs) + sum(out_projs))
 
 
-def train_flops_per_token(model: Model, context: Context, n_token: int) -> float:
+def flops_per_token(model: Model, context: Context, n_token: int) -> float:
     """Floating-point operations that training needs per target, forward and backward; tail clusters not counted.
 
     A product of [m, k] and [k, n] is 2mkn. Keys and values of the memory are computed anew but get no gradient of

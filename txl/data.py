@@ -4,6 +4,7 @@
     python -m txl.data --dataset=wt103               # downloads 190 MB to data/wikitext-103
     python -m txl.data --dataset=wt103 --dir=/mnt/wt103 --vocab=bpe --n_token=16384
     python -m txl.data --dataset=gpt2                # GPT-2's byte pairs: --set recipe.data.bpe_files=data/gpt2
+    python -m txl.data --dataset=wt103 --bpe_files=data/gpt2         # both, and the text as GPT-2's byte pairs
 
 Tokens lie in DIR/tokens/KEY, where KEY names the texts' content, the options that matter and VERSION, so what is
 found there is never stale. A text whose size, times and inode are as they were is taken to be as it was.
@@ -51,6 +52,12 @@ class Corpus:
     def n_token(self) -> int:
         return self.vocab.size
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for corpora of equal tokens: the name of the texts and options, what tokens mean, and how many."""
+        counts = ", ".join(f"{len(ids):,} of {split}" for split, ids in self.splits.items())
+        return f"{counts} (text {self.dir.name}, vocabulary {self.vocab.hash[:16]})"
+
 
 def load(data: Data | Path) -> Corpus:
     """The tokens of a data set, prepared first where that is due, or those in a folder that `prepare` returned."""
@@ -93,6 +100,8 @@ def main(argv: list[str]) -> int:
                 print(f"GPT-2's byte pairs are in {folder}. Use them with --set recipe.data.bpe_files={folder}")
             else:
                 data = _usual(flags, folder)
+                if data.bpe_files is not None:
+                    fetch("gpt2", Path(data.bpe_files))
                 if data.dataset in SOURCES and _missing(data):
                     fetch(data.dataset, folder)
                 print(_table(load(data)))
@@ -110,13 +119,20 @@ class Flags:
     dataset: Literal[Dataset, "gpt2"] = flag("which text; gpt2: GPT-2's byte pairs")
     dir: str | None = flag("its folder, rather than the usual one under data/", default=None)
     vocab: Literal["word", "byte", "bpe"] | None = flag("rather than the usual one", default=None)
-    n_token: int | None = flag("vocabulary size: made for bpe, 2048 unless given; checked for others", default=None)
+    n_token: int | None = flag("vocabulary size: made for bpe, 2048 unless given; else checked", default=None)
+    bpe_files: str | None = flag("folder of GPT-2's byte pairs, to use them for bpe", default=None)
+    lower_case: bool = flag("the text in lower case", default=False)
+    min_freq: int = flag("words rarer than this become <unk>", default=0)
+    max_size: int | None = flag("only so many of the most frequent words; the rest become <unk>", default=None)
 
 
 def _usual(flags: Flags, folder: Path) -> Data:
-    vocab = flags.vocab or {"enwik8": "byte", "text8": "byte", "stdlib": "bpe"}.get(flags.dataset, "word")
-    n_token = 2048 if flags.n_token is None and vocab == "bpe" else flags.n_token
-    return from_json(Data, {"dataset": flags.dataset, "dir": str(folder), "vocab": vocab, "n_token": n_token})
+    usual = {"enwik8": "byte", "text8": "byte", "stdlib": "bpe"}.get(flags.dataset, "word")
+    vocab = flags.vocab or ("bpe" if flags.bpe_files else usual)
+    n_token = flags.n_token
+    if n_token is None and vocab == "bpe":
+        n_token = 50257 if flags.bpe_files else 2048
+    return from_json(Data, vars(flags) | {"dir": str(folder), "vocab": vocab, "n_token": n_token})
 
 
 def _table(corpus: Corpus) -> str:

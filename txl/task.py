@@ -16,7 +16,7 @@ from engine.task import Position, Score, Step
 from engine.values import BadValue, from_json
 from engine.world import World
 from txl.batches import Segment, Streams
-from txl.config import Context, Recipe, train_flops_per_token
+from txl.config import Context, Recipe, flops_per_token
 from txl.data import Corpus
 from txl.model import Memory, TransformerXL
 
@@ -28,7 +28,7 @@ class TransformerXLTask:
 
     @property
     def flops_per_token(self) -> float:
-        return train_flops_per_token(self.recipe.model, self.recipe.context, self.corpus.n_token)
+        return flops_per_token(self.recipe.model, self.recipe.context, self.corpus.n_token)
 
     @property
     def vocabulary(self) -> str:

@@ -7,6 +7,7 @@ Everything is written to the recipe's folder (docs/design.md); the same command 
 """
 from __future__ import annotations
 
+import platform
 import sys
 from pathlib import Path
 
@@ -16,8 +17,9 @@ from engine.checkpoint import CheckpointError
 from engine.loop import Diverged, train
 from engine.run import Run
 from engine.values import BadValue
-from engine.world import world
-from txl.data import DataError, load
+from engine.world import World, world
+from txl.config import Data
+from txl.data import Corpus, DataError, load
 from txl.task import TransformerXLTask, read_recipe
 
 
@@ -34,7 +36,7 @@ def main(argv: list[str]) -> int:
     with world() as w:
         run = Run(path.parent, w)
         try:
-            corpus = load(recipe.data)             # every rank asks; a lock lets the first do it and the others find it
+            corpus = same_corpus(w, recipe.data)
             run.listen()                           # only now: what came before may be cut off at any moment
             train(w, TransformerXLTask(recipe, corpus), recipe, run)
         except (BadValue, DataError, CheckpointError, Diverged) as error:
@@ -44,6 +46,35 @@ def main(argv: list[str]) -> int:
             run.fail(error, traceback=True)
             raise
     return 0
+
+
+def same_corpus(w: World, data: Data) -> Corpus:
+    """The tokens, which each machine finds or prepares for itself, and which are the same on all. Collective.
+
+    Raises DataError on every rank where one of them cannot have the tokens, and where they differ.
+    """
+    corpus: Corpus | DataError
+    try:
+        corpus = load(data)                        # every rank asks; a lock lets the first do it and the others find it
+    except DataError as error:
+        corpus = error
+    problems = w.gather(str(corpus) if isinstance(corpus, DataError) else "")
+    if isinstance(corpus, DataError) or any(problems):
+        raise DataError(problems[0] if len(set(problems)) == 1 else _by_machine(w, problems))
+    fingerprints = w.gather(corpus.fingerprint)
+    if len(set(fingerprints)) > 1:
+        raise DataError(f"The machines have different tokens of {data.dir}. {_by_machine(w, fingerprints)}. Copy that "
+                        f"folder from one of them to the others, then the same command again")
+    return corpus
+
+
+def _by_machine(w: World, said: list[str]) -> str:
+    """What ranks say, with their machines' names; nothing of those that are silent. Collective."""
+    ranks: dict[tuple[str, str], list[str]] = {}
+    for rank, (machine, what) in enumerate(zip(w.gather(platform.node()), said)):
+        ranks.setdefault((machine, what), []).append(str(rank))
+    return "; ".join(f"rank(s) {', '.join(numbers)} on {machine}: {what}"
+                     for (machine, what), numbers in ranks.items() if what)
 
 
 if __name__ == "__main__":

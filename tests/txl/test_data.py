@@ -270,6 +270,23 @@ def test_the_command_writes_the_standard_librarys_text_and_its_tokens(tmp_path, 
     assert str(corpus.dir) in out
 
 
+def test_the_command_makes_what_gpt2s_byte_pairs_make_and_fetches_them_only_where_they_are_missing(
+        folder, monkeypatch, capsys):
+    fetched = []
+    monkeypatch.setattr(data, "fetch", lambda name, where: fetched.append((name, where)))
+    assert main(["--dataset=wt2", f"--dir={folder}", f"--bpe_files={folder / 'gpt2'}"]) == 1
+    assert fetched == [("gpt2", folder / "gpt2")]                 # the texts were there
+    assert "lacks encoder.json or vocab.bpe" in capsys.readouterr().err
+
+
+def test_the_command_takes_the_options_of_a_word_vocabulary(folder):
+    argv = ["--dataset=wt2", f"--dir={folder}", "--lower_case=True", "--min_freq=2", "--max_size=3"]
+    assert main(argv) == 0
+    wanted = Data("wt2", str(folder), lower_case=True, min_freq=2, max_size=3)
+    made, = (folder / "tokens").glob("[!.]*")
+    assert prepare(wanted) == made
+
+
 def test_the_command_says_in_one_line_that_it_is_offline_and_changes_nothing(tmp_path, monkeypatch, capsys):
     file = datasets.File(("http://127.0.0.1:9/wikitext-2-v1.zip",), "md5:0")       # the discard port: nobody listens
     monkeypatch.setitem(datasets.SOURCES, "wt2", (file,))

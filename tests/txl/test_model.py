@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from tests.txl import reference
 from txl.adaptive import IGNORE
-from txl.config import Context, Model, n_params, train_flops_per_token
+from txl.config import Context, Model, flops_per_token, n_params
 from txl.model import TransformerXL, position_embedding, rel_shift
 
 SMALL = {"n_layer": 2, "d_model": 8, "n_head": 2, "d_head": 3, "d_inner": 10, "dropout": 0.0}
@@ -212,9 +212,9 @@ def test_parameter_count_without_building_agrees_with_the_built_model():
 def test_flops_per_token_agree_with_the_reference():
     """Reference figures include the tail clusters (a few per cent), ours do not."""
     base = Model(16, 512, 8, 64, 2048, cutoffs=NVIDIA_CUTOFFS)
-    assert train_flops_per_token(base, Context(192, 192), WORDS) == pytest.approx(459e6, rel=0.06)
+    assert flops_per_token(base, Context(192, 192), WORDS) == pytest.approx(459e6, rel=0.06)
     large = Model(18, 1024, 16, 64, 4096, cutoffs=NVIDIA_CUTOFFS, div_val=4)
-    assert train_flops_per_token(large, Context(384, 384), WORDS) == pytest.approx(1862e6, rel=0.06)
+    assert flops_per_token(large, Context(384, 384), WORDS) == pytest.approx(1862e6, rel=0.06)
 
 
 def test_flops_count_the_products_of_a_layer_and_of_a_full_softmax():
@@ -222,7 +222,7 @@ def test_flops_count_the_products_of_a_layer_and_of_a_full_softmax():
     model = Model(1, 2, 1, 2, 4)
     projections, feed_forward, attention, softmax = 4 * 2 * 2, 2 * 2 * 4, 3 * 2 * 0.5, 2 * 7
     by_hand = 6 * (projections + feed_forward + attention + softmax)
-    assert train_flops_per_token(model, Context(1, 0), 7) == by_hand
+    assert flops_per_token(model, Context(1, 0), 7) == by_hand
 
 
 def test_initial_values_follow_the_ancestors_rules():
