@@ -67,6 +67,15 @@ def test_the_same_recipe_goes_on_from_the_newest_whole_checkpoint(run_dir):
     assert str(standing(run_dir, tiny.recipe)) == "goes on from step 40"
 
 
+def test_a_checkpoint_fetched_without_the_memories_of_ranks_counts(run_dir):
+    folder = run_dir / "checkpoints" / "step-00000020"
+    checkpoint(folder, 20, ranks=16)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"]["rank-0.pt"] = 1000
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert standing(run_dir, tiny.recipe) == Standing("unfinished", 20, ranks=16)
+
+
 def test_what_moves_only_the_clock_may_change(run_dir):
     assert standing(run_dir, changed("recipe.clock.log_interval=1")).changes == ("clock.log_interval: 10 -> 1",)
 
