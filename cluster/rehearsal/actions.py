@@ -21,7 +21,8 @@ from moto.ec2.utils import convert_tag_spec, filter_dict_attribute_mapping, rand
 
 from cluster.rehearsal.world import Machine, Refusal, World, offered, on_demand, price
 
-IMAGES = {"/aws/service/deeplearning/ami/": "898082745236", "/aws/service/canonical/": "099720109477"}
+IMAGES = {"/aws/service/deeplearning/ami/": "898082745236", "/aws/service/canonical/": "099720109477",
+          "/aws/service/ami-amazon-linux-latest/": "137112412989"}
 USER_DATA_LIMIT = 16384                           # bytes, before base64
 UNSUPPORTED = "The requested configuration is currently not supported. Please check the documentation for supported " \
               "configurations."
@@ -202,7 +203,7 @@ class Actions(EC2Response):
                 raise Refusal("InvalidIPAddress.InUse", f"The address {address.public_ip} is in use.")
         return super().release_address()
 
-    # --- the market ---
+    # --- the market and its goods ---
 
     def get_spot_placement_scores(self) -> ActionResult:
         """9 where there is room for all of them, else 1; EC2 says that its own are no promise either."""
@@ -225,7 +226,10 @@ class Actions(EC2Response):
             for kind in self._get_param("InstanceTypes", []) if kind in INSTANCE_TYPES
             for zone in offered(kind, self.region) if not zones or zone in zones.split(",")]})
 
-    # --- images ---
+    def describe_images(self) -> ActionResult:
+        owners = [self.current_account if x == "self" else x for x in self._get_param("Owners", [])]
+        found: Any = super().describe_images().result                 # moto: of anybody, once they are named
+        return ActionResult({"Images": [x for x in found["Images"] if not owners or {x.owner_id, x.owner_alias} & {*owners}]})
 
     def public_image(self, name: str) -> str:
         """The image behind a public SSM parameter: any name under IMAGES has one, registered when first asked for."""
@@ -245,9 +249,8 @@ class Actions(EC2Response):
 
     def _ids(self) -> list[str]:
         """Every instance that the request names outside of filters."""
-        ids = list(self._get_param("InstanceIds", []) or [])
-        one = self._get_param("InstanceId")
-        return ids + [one] if isinstance(one, str) else ids
+        ids = [*self._get_param("InstanceIds", []), self._get_param("InstanceId"), *self._get_param("Resources", [])]
+        return [id for id in ids if isinstance(id, str) and id.startswith("i-")]
 
     def _machines(self) -> list[Machine]:
         return [self.world.machines[id] for id in self._ids()]
@@ -284,6 +287,9 @@ class Actions(EC2Response):
         if len(nics) > 1 and any(nic.get("AssociatePublicIpAddress") for nic in nics):
             raise Refusal("InvalidParameterCombination", "The associatePublicIPAddress parameter cannot be specified "
                                                          "when launching with multiple network interfaces.")
+        if nics and self._get_param("SecurityGroupIds", []):
+            raise Refusal("InvalidParameterCombination", "Network interfaces and an instance-level security groups may "
+                                                         "not be specified on the same request")
         efa = sum("efa" in nic.get("InterfaceType", "") for nic in nics)
         if efa > facts["NetworkInfo"].get("EfaInfo", {}).get("MaximumEfaInterfaces", 0):
             raise Refusal("AttachmentLimitExceeded", f"EFA interfaces count {efa} exceeds allowed limit for {kind}")
@@ -345,7 +351,8 @@ class Actions(EC2Response):
             private = private or address
             eni.private_ip_address, eni.private_ip_addresses = address, [{"Primary": True, "PrivateIpAddress": address}]
             eni.add_tags(self._tags("network-interface"))
-        wants_public, enis[0].public_ip, enis[0].public_ip_auto_assign = bool(enis[0].public_ip), None, False
+        wants_public = len(enis) == 1 and bool(enis[0].public_ip)
+        enis[0].public_ip, enis[0].public_ip_auto_assign = None, False
         instance.placement.group_name = self._get_param("Placement.GroupName", "")
         instance.client_token = self._get_param("ClientToken", "")
         if market == "spot":

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.rehearsal import hosts, keeper
 from cluster.rehearsal.hosts import Facts, Hosts
@@ -96,6 +96,11 @@ class Bench:
             for host in self.hosts.all.values():
                 host.travel(seconds)
 
+    def reclaim(self, id: str) -> None:
+        """EC2 takes a spot machine back, without a word beforehand."""
+        with self.ec2.lock:
+            self.world.reclaim(self.world.machines[id])
+
     def instances(self) -> list[Machine]:
         """All that ever were, in the order of launch."""
         with self.ec2.lock:
@@ -111,7 +116,7 @@ class Bench:
         return [f"{machine.id} {machine.state} {machine.market} {machine.kind} {machine.tags.get('Name', '')}"
                 for machine in self.instances() if machine.state != "terminated"] + [
             f"{address.allocation_id} {address.public_ip}" for address in backend.addresses] + [
-            f"{volume.id} {volume.size} GiB" for volume in backend.volumes.values() if volume.attachment is None]
+            f"{volume.id} {volume.size} GiB" for volume in self._loose_volumes()]
 
     def unguarded(self) -> list[str]:
         """What would go on costing if everybody went away now: machines without a living watchdog that has a deadline
@@ -119,9 +124,8 @@ class Bench:
         backend = self.ec2.backend
         return [f"{machine.id} {machine.state}" for machine in self.alive()
                 if machine.state == "stopped" or not self.hosts[machine.id].guarded()] + [
-            f"{thing.id}" for thing in [*backend.addresses, *backend.volumes.values()]
-            if getattr(thing, "attachment", None) is None and "txl:expires" not in (
-                tag["key"] for tag in thing.get_tags())]
+            thing.id for thing in [*backend.addresses, *self._loose_volumes()]
+            if "txl:expires" not in [tag["key"] for tag in thing.get_tags()]]
 
     def leftovers(self) -> list[str]:
         """What a launch makes beside instances, and must take away again."""
@@ -142,6 +146,9 @@ class Bench:
             lines.append(Line(machine.id, machine.kind, machine.market, machine.zone, hours,
                               hours * price(machine.kind, machine.market, machine.zone)))
         return lines
+
+    def _loose_volumes(self) -> list[Any]:
+        return [volume for volume in self.ec2.backend.volumes.values() if volume.attachment is None]
 
     def _end_with_us(self, machines: Path, tmp: Path) -> Callable[[], None]:
         """Start the keeper; what is returned lets it do its work and waits for it."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import re
 import socket
 import threading
@@ -66,7 +67,10 @@ class Fault:
 
 
 class StrictEc2:
-    """A context manager. moto's records are the process's own, so only one at a time; entering empties them."""
+    """A context manager. moto's records are the process's own, so only one at a time; entering empties them.
+
+    `backend` is its records of EC2 in the region: of images, only those that were asked for by a parameter's name.
+    """
 
     def __init__(self, region: str = "us-east-1", power: Power | None = None):
         self.region = region
@@ -81,11 +85,17 @@ class StrictEc2:
         self._over = threading.Event()
 
     def __enter__(self) -> StrictEc2:
+        ec2_backends.clear()                      # or reset() first makes EC2's 1300 images anew, to forget them
         BackendDict.reset()
+        os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"] = "false"            # read as the records are made, here
+        try:
+            self.backend = ec2_backends[DEFAULT_ACCOUNT_ID][self.region]
+        finally:
+            del os.environ["MOTO_EC2_LOAD_DEFAULT_AMIS"]
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self._server = make_server("127.0.0.1", 0, self, threaded=True, request_handler=_Quiet)
-        self._threads = [threading.Thread(target=work, daemon=True)
-                         for work in (self._server.serve_forever, self._ticks)]
+        self._threads = [threading.Thread(target=self._server.serve_forever, args=(TICK_S,), daemon=True),
+                         threading.Thread(target=self._ticks, daemon=True)]
         for thread in self._threads:
             thread.start()
         return self
@@ -100,11 +110,6 @@ class StrictEc2:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self._server.server_port}"
-
-    @property
-    def backend(self) -> Any:
-        """moto's records of the bench's region."""
-        return ec2_backends[DEFAULT_ACCOUNT_ID][self.region]
 
     def fail(self, action: str, code: str = "InternalError", *, times: float = 1, status: int = 400,
              message: str = "of the rehearsal", when: Callable[[dict[str, Any]], bool] = lambda params: True,
@@ -160,7 +165,7 @@ class StrictEc2:
         if service == "ssm" and action in ("GetParameter", "GetParameters") and self._public_images(params):
             return self._parameters(action, params), None
         response = Response.from_app(self._moto, environ)
-        return response, None if response.status_code < 400 else str(response.status_code)
+        return response, _code(response)
 
     def _ec2(self, action: str, request: Request) -> tuple[Response, str | None]:
         try:
@@ -168,8 +173,8 @@ class StrictEc2:
         except (NotImplementedError, HTTPException) as error:
             raise Refusal("InvalidAction", f"The action {action} is not valid for this web service. (No part of the "
                                            f"rehearsal: {error})") from error
-        code = re.search(r"<Code>([^<]+)</Code>", content) if status >= 400 else None
-        return Response(content, status, headers), code and code[1]
+        response = Response(content, status, headers)
+        return response, _code(response)
 
     def _public_images(self, params: dict[str, Any]) -> bool:
         names = params.get("Names") or [params.get("Name", "")]
@@ -209,6 +214,13 @@ def _named(service: str, request: Request, body: bytes) -> tuple[str, dict[str, 
         return get_service_router(service).match(request)[0].name, form
     except Exception:                             # moto knows no such service, or the service no such operation
         return form.get("Action", "") or request.headers.get("X-Amz-Target", "").rpartition(".")[2], form
+
+
+def _code(response: Response) -> str | None:
+    if response.status_code < 400:
+        return None
+    found = re.search(r'<Code>([^<]+)</Code>|"__type": ?"([^"]+)"', response.get_data(as_text=True))
+    return next(filter(None, found.groups())) if found else str(response.status_code)
 
 
 def _error(service: str, refusal: Refusal) -> Response:

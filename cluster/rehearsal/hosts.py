@@ -75,6 +75,8 @@ class Host:
         for path in (self.home / ".ssh", root / "bin", root / "etc", root / "run", root / "var/lib/txl",
                      root / "var/log", tmp):
             path.mkdir(parents=True, exist_ok=True)
+        (root / "sys/class/dmi/id").mkdir(parents=True, exist_ok=True)
+        (root / "sys/class/dmi/id/product_uuid").write_text(f"{id}\n")
         (self.home / ".ssh/authorized_keys").write_text("".join(f"{key}\n" for key in self._keys))
         (self.home / ".ssh/authorized_keys").chmod(0o600)
         for name, script in _stand_ins(facts, knobs).items():
@@ -111,18 +113,23 @@ class Host:
     def power_off(self) -> None:
         """As a machine loses power: every process is gone when this returns."""
         self.give_up()
-        keeper.end(self.root)                     # a boot hook as well, whose thread then lets go of the lock
-        with self._lock:
-            keeper.end(self.root)
-            for name in ("booted", "boot-finished", "power"):
-                (self.root / "run" / name).unlink(missing_ok=True)
-            if self._sshd:
-                self._sshd.wait(10)
-                self._sshd = None
+        keeper.end(self.root)                     # a boot hook as well
+        self.reap()
+        keeper.end(self.root)                     # what a step of the boot that had begun has started
+        for name in ("booted", "boot-finished", "power"):
+            (self.root / "run" / name).unlink(missing_ok=True)
 
     def give_up(self) -> None:
-        """Whatever of a boot has not begun does not."""
+        """What of a boot has not begun never does."""
         self._life += 1
+
+    def reap(self) -> None:
+        """Once nothing of it runs: wait for a step of the boot that had begun, and for its sshd."""
+        with self._lock:
+            if self._sshd:
+                self._sshd.kill()
+                self._sshd.wait(10)
+                self._sshd = None
 
     def listen(self, addresses: list[str]) -> None:
         """Answer at these addresses from now on; connections that exist go on. Returns at once."""
@@ -175,9 +182,11 @@ class Host:
 
     def _run_hook(self) -> None:
         if self._hook is not None:
+            hook = self.root / "run/boothook"
+            hook.write_text(self._hook)
             with open(self.root / "var/log/cloud-init-output.log", "ab") as log:
-                subprocess.run(["sh", "-s"], input=self._hook.encode(), cwd=self.root, stdout=log, stderr=log,
-                               env=self.environment | {"INSTANCE_ID": self.id}, timeout=BOOT_S,
+                subprocess.run(["sh", hook], cwd=self.root, env=self.environment | {"INSTANCE_ID": self.id},
+                               stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=BOOT_S,
                                start_new_session=True, check=False)
         (self.root / "run/booted").touch()
 
@@ -269,7 +278,8 @@ class Hosts:
             host.give_up()
         keeper.end(self._folder)
         for host in self.all.values():
-            host.power_off()
+            host.reap()
+        keeper.end(self._folder)
 
     def asked(self) -> Iterator[tuple[str, str]]:
         for id, host in list(self.all.items()):

@@ -152,6 +152,9 @@ class World:
         self._because(machine, reason)
         self._enter(machine, SHUTTING_DOWN, self.shutdown_s)
 
+    def reclaim(self, machine: Machine) -> None:
+        self.end(machine, BY_SPOT)
+
     def stop(self, machine: Machine, reason: tuple[str, str] = BY_USER) -> None:
         self._because(machine, reason)
         self._enter(machine, STOPPING, self.shutdown_s)
