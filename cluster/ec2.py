@@ -22,6 +22,7 @@ Verdict = Literal["capacity", "quota", "denied", "expired", "throttled", "invali
                   "unreachable"]
 CANONICAL = "099720109477"                        # account that publishes Ubuntu
 CHECKIP = "https://checkip.amazonaws.com"
+CONNECT_S, READ_S = 5, 20                         # the longest that one attempt may take to connect, and to answer
 READS = {"total_max_attempts": 5, "mode": "standard"}      # botocore's own backoff, at most 20 s between attempts
 ONCE = {"total_max_attempts": 1, "mode": "standard"}       # else botocore repeats "no capacity", which is a 5xx
 VISIBLE_S = (.5, 1, 2, 4, 8, 15)                  # pauses until what was just made is visible to EC2's other calls
@@ -243,7 +244,8 @@ class Cloud:
             if session.region_name is None:
                 raise Refused("No AWS region. Name one:  --region=us-east-1  or  export AWS_DEFAULT_REGION=us-east-1")
             self.region: str = session.region_name
-            clients = [session.client(service, config=Config(connect_timeout=5, read_timeout=20, retries=retries))
+            clients = [session.client(service, config=Config(connect_timeout=CONNECT_S, read_timeout=READ_S,
+                                                             retries=retries))
                        for service, retries in (("ec2", READS), ("ec2", ONCE), ("ssm", READS), ("sts", READS))]
         except BotoCoreError as error:
             raise Refused(f"The AWS configuration cannot be used: {error}\n"
@@ -329,14 +331,15 @@ class Cloud:
         try:
             ami = reference if reference.startswith("ami-") else self._call(
                 "get_parameter", on=self._ssm, Name=reference)["Parameter"]["Value"]
-            # A name anybody can take; whose image it is decides.
-            found = self._call("describe_images", ImageIds=[ami], Owners=["amazon", "self", CANONICAL])["Images"]
+            found = self._call("describe_images", ImageIds=[ami])["Images"]
         except CallFailed as error:
             if error.verdict != "missing" and not error.code.startswith(("InvalidAMIID", "ValidationException")):
                 raise
             raise Refused(f"{self.region} has no image {reference}: {error.said}\n"
                           f"Name one:  --image=ami-…  or an SSM parameter, --image=/aws/service/…") from error
-        if not found:
+        # A name anybody can take; whose image it is decides.
+        if not found or (found[0].get("ImageOwnerAlias") != "amazon"
+                         and found[0]["OwnerId"] not in (CANONICAL, self.account)):
             raise Refused(f"{reference} is not an image of Amazon, Canonical or this account: it would not be "
                           f"trusted with a training. Copy it to the account, or name another --image")
         image = found[0]
@@ -414,8 +417,10 @@ class Cloud:
                           f"it, or choose another --name")
         group = group or found["GroupId"]
         everyone = ("-1", -1, -1, "group", group)
-        self._make_equal(group, "ingress", found["IpPermissions"], {("tcp", 22, 22, "cidr", cidr), everyone})
-        self._make_equal(group, "egress", found["IpPermissionsEgress"], {("-1", -1, -1, "cidr", "0.0.0.0/0"), everyone})
+        self._make_equal(group, found["IpPermissions"], {("tcp", 22, 22, "cidr", cidr), everyone},
+                         "authorize_security_group_ingress", "revoke_security_group_ingress")
+        self._make_equal(group, found["IpPermissionsEgress"], {("-1", -1, -1, "cidr", "0.0.0.0/0"), everyone},
+                         "authorize_security_group_egress", "revoke_security_group_egress")
         return group
 
     def placement_group(self, name: str, tags: Mapping[str, str]) -> str:
@@ -455,16 +460,15 @@ class Cloud:
 
     # --- below ---
 
-    def _make_equal(self, group: str, way: str, permissions: list[dict[str, Any]], wanted: set[Rule]) -> None:
+    def _make_equal(self, group: str, permissions: list[dict[str, Any]], wanted: set[Rule], allow: str,
+                    forbid: str) -> None:
         there = {rule for permission in permissions for rule in _rules(permission)}
         if new := wanted - there:                 # first, so that a change of address locks nobody out
             with _but_for("duplicate"):
-                self._patiently(f"authorize_security_group_{way}", GroupId=group,
-                                IpPermissions=[_permission(rule) for rule in sorted(new)])
+                self._patiently(allow, GroupId=group, IpPermissions=[_permission(rule) for rule in sorted(new)])
         if old := there - wanted:
             with _but_for("missing"):
-                self._call(f"revoke_security_group_{way}", GroupId=group,
-                           IpPermissions=[_permission(rule) for rule in sorted(old)])
+                self._call(forbid, GroupId=group, IpPermissions=[_permission(rule) for rule in sorted(old)])
 
     def _call(self, operation: str, *, on: Any = None, **arguments: Any) -> dict[str, Any]:
         with classified(operation):

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.ec2 import Market, classified
+from cluster.ec2 import CONNECT_S, READ_S, READS, Market, classified
 from cluster.spec import KINDS, Config
 from engine.config import Recipe
 
@@ -115,7 +115,7 @@ def refresh(region: str) -> dict[str, float]:
     """AWS's on-demand list of today for a region, Linux. Raises cluster.ec2.CallFailed."""
     import boto3
     from botocore.config import Config as Settings
-    settings = Settings(connect_timeout=5, read_timeout=20, retries={"total_max_attempts": 3, "mode": "standard"})
+    settings = Settings(connect_timeout=CONNECT_S, read_timeout=READ_S, retries=READS)
     only = {"regionCode": region, "operatingSystem": "Linux", "tenancy": "Shared", "preInstalledSw": "NA",
             "capacitystatus": "Used", "marketoption": "OnDemand"}
     filters = [{"Type": "TERM_MATCH", "Field": field, "Value": value} for field, value in only.items()]
@@ -146,7 +146,7 @@ def estimate(rates: Rates, config: Config, ranks: int, *, addresses: int) -> Est
 
 
 def expected_hours(config: Config, ranks: int) -> tuple[float | None, str]:
-    """Of training alone, from its first step, and how we know; None and why not. A guess counts no loss to the network."""
+    """Of training alone, and how we know; None and why not. A guess counts no loss to the network."""
     machines, recipe = config.machines, config.recipe
     hours = tokens_of(recipe, ranks) / 3600
     gpu = KINDS[machines.kind].gpu if machines.kind in KINDS else None
