@@ -87,7 +87,8 @@ class Limits:
 
     def __post_init__(self):
         for name, limit in asdict(self).items():
-            if limit is not None and not (math.isfinite(limit) and (limit > 0 or name.startswith("after_"))):
+            positive = limit is None or limit > 0 or (limit == 0 and name.startswith("after_"))
+            if not positive or limit == math.inf:
                 raise ValueError(f"{name} is {limit:g}: it must be above 0, and a machine does not live for ever")
 
 
