@@ -1,6 +1,7 @@
 """The verbs: what they choose and say as whole values, what they do against the strict EC2 and real sshds."""
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -245,6 +246,23 @@ def test_kill_of_several_machines_wants_a_yes_and_of_another_users_all(bench, ca
     assert bench.count("TerminateInstances") == 0
     assert main(["kill", "hers", "--all"]) == 0
     assert left(bench)[0] == {f"{ME}/one"}
+
+
+@pytest.mark.parametrize(("answer", "ended"), [("y\n", True), ("\n", False), ("", False)])
+def test_at_a_terminal_kill_asks_and_only_a_yes_is_a_yes(bench, capsys, monkeypatch, answer, ended):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    launched(bench, "one", 2)
+    monkeypatch.setattr("sys.stdin", Terminal(answer))
+    if ended:
+        assert main(["kill", "one"]) == 0
+    else:
+        with pytest.raises(SystemExit):
+            main(["kill", "one"])
+    assert f"End one of {ME} (2 x c5.large)? [y/N]" in capsys.readouterr().out
+    assert bool(left(bench)[0]) != ended
 
 
 def test_kill_leaves_the_groups_to_a_launcher_that_is_at_work_on_them_and_gc_takes_them_later(bench, capsys):
