@@ -529,9 +529,11 @@ def _shortcomings(said: Mapping[str, str], needs: Needs, sent: float, received: 
                    "python": f"{needs.python} does not run: {words}"}[name]
     if (free := int(said["disk_kib"]) / 2**20) < needs.disk_gib:
         yield f"{free:.1f} GiB are free on its disk, needed are {needs.disk_gib:g}"
-    # Sent and received by our clock, begun and ended by its: the way there and back taken as equally long.
-    ahead = ((float(said["began"]) - sent) + (float(said["ended"]) - received)) / 2
-    if abs(ahead) >= CLOCK_S:
+    # Sent before it began, received after it ended: its clock is ahead of ours by `least` to `most` seconds. A slow way
+    # there or back widens the two and accuses nobody.
+    least, most = float(said["ended"]) - received, float(said["began"]) - sent
+    if least >= CLOCK_S or most <= -CLOCK_S:
+        ahead = (least + most) / 2
         yield f"its clock is {abs(ahead):.0f} s {'ahead of' if ahead > 0 else 'behind'} ours"
 
 

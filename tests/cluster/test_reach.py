@@ -103,7 +103,10 @@ def test_what_a_machine_lacks_is_read_from_its_answer(change, reason):
 
 def test_the_way_there_and_back_is_not_taken_for_a_wrong_clock():
     assert shortcoming(WELL, EIGHT, sent=992.0, received=1028.0) is None
-    assert "behind" in shortcoming(WELL, EIGHT, sent=999.0, received=1040.0)
+    assert shortcoming(WELL, EIGHT, sent=940.0, received=1021.0) is None         # a minute until the login was served
+    assert shortcoming(WELL, EIGHT, sent=999.0, received=1081.0) is None
+    assert "behind" in shortcoming(WELL, EIGHT, sent=1006.0, received=1081.0)    # it began before it was asked
+    assert "ahead" in shortcoming(WELL, EIGHT, sent=940.0, received=1014.0)      # it ended after it was heard
 
 
 def test_machines_are_ready_when_each_of_them_is(trio):
