@@ -12,11 +12,14 @@ import torch
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
 from engine.config import Clock, Stop
+from engine.loop import train
+from engine.run import Run
 from engine.world import world
-from tests.engine.test_checkpoint import FullDisk, meta
-from tests.engine.test_loop import assert_same_run, final_weights, losses, same
+from tests.engine.test_checkpoint import ALONE, FullDisk, meta
+from tests.engine.test_loop import Worsening, assert_same_run, final_weights, losses, same
 from tests.ranks import run_ranks
-from tests.txl.small import RECIPE, train_here
+from tests.txl.small import RECIPE, corpus, train_here
+from txl.task import TransformerXLTask
 
 RUN = Path("run")                                                 # in each node's own directory
 SHORT = replace(RECIPE, stop=Stop(max_steps=10))
@@ -171,6 +174,25 @@ def test_a_model_whose_bytes_changed_ends_all_ranks_with_its_name(stopped):
     first, second = run_ranks(2, _error, stopped)
     assert first == second
     assert f"{RUN / 'checkpoints' / NEWEST / 'model.pt'} is damaged" in first
+
+
+def _worsen(root):
+    """The test's loss of a run whose first checkpoint is its best, and the loss of those weights alone."""
+    go_to_node(root, 1)
+    recipe = replace(SHORT, clock=replace(SHORT.clock, eval_interval=5))
+    with world() as w:
+        outcome = train(w, Worsening(recipe, corpus()), recipe, Run(RUN, w))
+    found = checkpoint.find(root / "node-0" / RUN)
+    task = TransformerXLTask(recipe, corpus())
+    net = task.build().eval()
+    net.load_state_dict(found.shared()["model"])
+    return found.step, outcome.test.loss, task.evaluate(net, "test", ALONE).loss
+
+
+def test_the_test_is_of_the_best_weights_on_every_node(tmp_path):
+    for step, tested, alone in run_ranks(2, _worsen, tmp_path):
+        assert step == 5
+        assert tested == pytest.approx(alone)
 
 
 def test_a_warm_start_needs_the_weights_on_the_leading_disk_only(tmp_path):
