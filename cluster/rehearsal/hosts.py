@@ -235,7 +235,8 @@ class Host:
             f'HostKey "{self.root}/etc/host_key"', f'AuthorizedKeysFile "{self.home}/.ssh/authorized_keys"',
             f"ForceCommand {shlex.quote(str(self.root / 'etc/enter'))}", "PidFile none", "StrictModes no", "UsePAM no",
             "PasswordAuthentication no", "KbdInteractiveAuthentication no", "PermitRootLogin yes", "MaxStartups 100",
-            "LogLevel VERBOSE", "PrintMotd no"]
+            "LogLevel VERBOSE", "PrintMotd no",
+            "SetEnv SHLVL=2"]                     # else bash reads the ~/.bashrc of whoever rehearses
         self._config.write_text("\n".join(lines) + "\n")
 
     def _words(self) -> str:
