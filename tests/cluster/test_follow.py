@@ -71,7 +71,8 @@ def checkpoint(step: int):
     def make() -> None:
         folder = Path(f"runs/x/checkpoints/step-{step:08d}")
         folder.mkdir(parents=True)
-        meta = {"step": step, "ranks": 2, "valid_loss": None, "vocabulary": "", "files": {}}
+        meta = {"step": step, "ranks": 2, "valid_loss": None, "vocabulary": "", "files": {"model.pt": 3}}
+        (folder / "model.pt").write_text("abc")
         (folder / "meta.json").write_text(json.dumps(meta))
     return make
 
