@@ -84,9 +84,6 @@ class Stage:
                 break
         return launcher
 
-    def alive(self) -> list[str]:
-        return [str(x) for x in self.bench.billable()]
-
     def until(self, condition: Callable[[], bool], seconds: float = PATIENCE_S) -> bool:
         end = time.monotonic() + seconds
         while not condition() and time.monotonic() < end:
@@ -99,18 +96,19 @@ class Stage:
             print(f"Without a deadline: {', '.join(map(str, unguarded))}")
             return False
         for minutes, why in ((11, "11 minutes later"), (50, "an hour later"), (60 * 24 * 8, "8 days later")):
-            if not self.alive():
+            if not self.bench.alive():
                 break
             print(f"\n({why})", flush=True)
             self.bench.advance(60 * minutes)
-            self.until(lambda: not self.alive())
+            self.until(lambda: not self.bench.alive())
         print("\nWhat it would have cost:")
         machines = {machine.id: machine for machine in self.bench.instances()}
         print(bill(Spell(machines[x.id].node, x.id, x.kind, machines[x.id].market, x.zone, x.hours,
                          x.usd / x.hours if x.hours else None) for x in self.bench.bill()))
         subprocess.run([sys.executable, "-m", "cluster", "gc", "--yes"], cwd=CHECKOUT, env=self.bench.env,
                        check=False)
-        left = [*self.alive(), *map(str, self.bench.leftovers())]
+        self.until(lambda: not self.bench.billable(), 5)          # what is shutting down needs a moment
+        left = [*self.bench.billable(), *self.bench.leftovers()]
         print("Left over: " + (", ".join(left) or "nothing."))
         return not left
 
@@ -126,7 +124,7 @@ def capacity(stage: Stage) -> bool:
 def no_capacity(stage: Stage) -> bool:
     """no zone has room: refused, with the whole history, and nothing is left"""
     stage.bench.world.capacity |= {("spot", f"us-east-1{letter}"): 0 for letter in "abcdef"}
-    return stage.launch() == 2 and not stage.alive()
+    return stage.launch() == 2 and not stage.bench.alive()
 
 
 def launcher_dies(stage: Stage) -> bool:
@@ -147,7 +145,7 @@ def launcher_dies_early(stage: Stage) -> bool:
     if not stage.until(lambda: not stage.bench.unguarded()):
         return False
     stage.bench.advance(21 * 60)
-    return stage.until(lambda: not stage.alive())
+    return stage.until(lambda: not stage.bench.alive())
 
 
 def host_dies(stage: Stage) -> bool:

@@ -137,8 +137,9 @@ def test_another_number_of_ranks_does_not_change_the_batch_under_a_run(empty, ca
     run.record(empty / "runs/tiny", launch.find_config(flags).recipe, "", "", (), empty)
     checkpoint = empty / "runs/tiny/checkpoints/step-00000020"
     checkpoint.mkdir(parents=True)
-    meta = {"step": 20, "ranks": 1, "valid_loss": None, "vocabulary": "", "files": {}}
+    meta = {"step": 20, "ranks": 1, "valid_loss": None, "vocabulary": "", "files": {"model.pt": 0}}
     (checkpoint / "meta.json").write_text(json.dumps(meta))
+    (checkpoint / "model.pt").touch()
     assert launched(*local_size, "--dry_run") == 0
     assert launched(*local_size, "--dry_run", "--machines=2") == 2
     assert "Go on with 1 rank(s), or choose another --name" in capsys.readouterr().err
