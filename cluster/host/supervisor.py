@@ -77,7 +77,7 @@ def detached(command: list[str]) -> int:
         print(said, end="")
         return 0
     status = child.wait(START_S)
-    print(said or f"it did not start within {START_S} s", file=sys.stderr if status else sys.stdout)
+    print(said or f"it did not start within {START_S} s\n", end="", file=sys.stderr if status else sys.stdout)
     return 1 if status else 0
 
 
