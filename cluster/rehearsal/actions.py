@@ -229,7 +229,8 @@ class Actions(EC2Response):
     def describe_images(self) -> ActionResult:
         owners = [self.current_account if x == "self" else x for x in self._get_param("Owners", [])]
         found: Any = super().describe_images().result                 # moto: of anybody, once they are named
-        return ActionResult({"Images": [x for x in found["Images"] if not owners or {x.owner_id, x.owner_alias} & {*owners}]})
+        return ActionResult({"Images": [x for x in found["Images"]
+                                        if not owners or {x.owner_id, x.owner_alias} & {*owners}]})
 
     def public_image(self, name: str) -> str:
         """The image behind a public SSM parameter: any name under IMAGES has one, registered when first asked for."""
