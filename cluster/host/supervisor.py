@@ -110,10 +110,9 @@ class Job:
 
     def __init__(self, run_dir: Path, node: int, launch: Launch, log: Any, lock: int):
         self.run_dir, self.node, self.launch = run_dir, node, launch
-        self.mark = f"TXL_LAUNCH={launch.launch}/{node}"               # in the environment of all that it starts
-        name, _, value = self.mark.partition("=")
+        self.mark = os.urandom(8).hex()           # in the environment of all that it starts
         ifnames = {} if launch.env.keys() >= set(IFNAMES) else dict.fromkeys(IFNAMES, interface(launch.private))
-        self.env = {**os.environ, **ifnames, **launch.env, name: value}
+        self.env = {**os.environ, **ifnames, **launch.env, "TXL_JOB": self.mark}
         lease = Path(os.environ.get("TXL_ROOT", "") + "/var/lib/txl/lease")
         self.lease = lease / "run" if lease.is_dir() else None         # none: a machine that does not power itself off
         self.beats, self.leases, self.lease_at = 0, 0, 0.0
@@ -153,10 +152,12 @@ class Job:
 
     def kill(self) -> None:
         """The command and all that it started, whatever became of their parents and sessions."""
-        until = time.monotonic() + GONE_S
+        until, quiet = time.monotonic() + GONE_S, 0
         if self.command.poll() is None:
             os.killpg(self.command.pid, signal.SIGKILL)
-        while (pids := _marked(self.mark.encode())) and time.monotonic() < until:
+        while quiet < 2 and time.monotonic() < until:                 # twice: amid an exec there is no environment
+            pids = _marked(f"TXL_JOB={self.mark}".encode())
+            quiet = 0 if pids else quiet + 1
             for pid in pids:
                 with contextlib.suppress(OSError):                     # it is gone
                     os.kill(pid, signal.SIGKILL)
