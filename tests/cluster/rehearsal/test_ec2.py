@@ -13,7 +13,7 @@ from tests.cluster.rehearsal.aws import SPOT, Caller, eventually, refused
 
 
 def test_a_launch_takes_place_for_as_many_as_there_is_room_or_not_at_all(ec2, aws):
-    ec2.world.capacity["ondemand", "us-east-1a"] = 3
+    ec2.world.capacity |= {("ondemand", "us-east-1a"): 3, ("spot", "us-east-1a"): 1}
     with refused("InsufficientInstanceCapacity") as no:
         aws.run(4)
     assert no.status == 500                       # which botocore would repeat by itself

@@ -8,6 +8,7 @@ import sys
 import time
 from email.mime.multipart import MIMEMultipart
 from email.mime.text import MIMEText
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,11 @@ class Laptop:
         self.aws.until("running", *ids)
         for id in ids:
             if self.bench.hosts[id].knobs == Knobs():
-                eventually(lambda id=id: self.ssh(id, "true").returncode == 0)
+                eventually(partial(self.answers, id))
         return ids
+
+    def answers(self, id: str) -> bool:
+        return self.ssh(id, "true").returncode == 0
 
     def address(self, id: str) -> str:
         return self.aws.one(id)["PublicIpAddress"]
