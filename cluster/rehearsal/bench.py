@@ -58,7 +58,7 @@ class Bench:
             from cluster.rehearsal.world import facts
         except ImportError as error:
             raise RuntimeError(f"A rehearsal needs moto ({error}):  "
-                               f"{sys.executable} -m pip install 'moto[server]>=5.2.5,<5.3'") from error
+                               f"{sys.executable} -m pip install -r requirements.txt") from error
         with ExitStack() as stack:
             self.folder.mkdir(parents=True, exist_ok=True)
             # Unix sockets have 108 bytes for their name, and a folder of tests or of a run may be deep

@@ -174,7 +174,7 @@ def test_a_rehearsal_says_what_it_needs(tmp_path):
     said = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=20,
                           env=os.environ | {"PYTHONPATH": f"{tmp_path}:{CHECKOUT}"})
     assert said.stdout.startswith("imported\nA rehearsal needs moto"), said
-    assert "pip install 'moto" in said.stdout
+    assert "pip install -r requirements.txt" in said.stdout
 
 
 def test_two_rehearsals_one_after_the_other_know_nothing_of_each_other(tmp_path):
