@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import getpass
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +24,11 @@ def home() -> Path:
     path = Path(os.environ.get("TXL_HOME") or Path.home() / ".txl")
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     return path
+
+
+def owner_name() -> str:
+    """Whose machines are ours: the user's name here, in letters that a tag and a group's name take."""
+    return re.sub(r"[^A-Za-z0-9._-]", "-", getpass.getuser())[:32] or "someone"
 
 
 class Journal:

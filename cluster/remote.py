@@ -5,6 +5,7 @@ import contextlib
 import json
 import threading
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from cluster.ssh import Shell, Trouble, each
 
 FETCH_S, FETCH_OTHERS_S = 1.0, 5.0                # between two looks at node 0, whose log is shown, and at the others
 MODELS_S = 1800                                   # between two fetches of checkpoints while it trains
-SILENT_S = 60                                     # without a machine's answer, until the cloud is asked about it
+SILENT_S = 20                                     # without a machine's answer, until the cloud is asked about it
 GRACE_S = 15                                      # between a node's failure and ending the others
 LOST = 255                                        # the exit status of a node whose machine is gone
 
@@ -129,6 +130,11 @@ class RemoteJob:
             with contextlib.suppress(Trouble):    # it may be gone; its watchdog is not
                 self.shells[i].run(f"touch {self._remote}/nodes/{i}.kill")
         each(nodes, end, name=lambda i: f"node-{i}")
+
+
+def board_port(run: str) -> int:
+    """Where node 0 has a run's TensorBoard: of this run, as two may share a machine."""
+    return 6006 + zlib.crc32(run.encode()) % 1000
 
 
 def read_node(path: Path) -> dict[str, Any]:

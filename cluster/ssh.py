@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -27,6 +28,7 @@ T = TypeVar("T")
 POLL_S = 0.1                                      # how soon an interruption is noticed
 STALLED_S = 120                                   # rsync gives up when nothing moved for so long
 COPY_S = 6 * 3600                                 # and in any case after this
+NAME = attrgetter("name")                        # of a shell, for each()
 OF_RSYNC = re.compile(r"^rsync(:| error:| warning:).*\n?", re.M)
 
 

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from cluster import prices, ssh
-from cluster.aws import owner_name
 from cluster.ec2 import CLUSTER, CallFailed, Cloud, Instance, Thing
 from cluster.follow import FAILED, FINISHED
-from cluster.journal import Journal, home
+from cluster.journal import Journal, home, owner_name
 from cluster.run import Refused
 from cluster.verbs_lists import Cluster, choose, clusters, doomed, hosts_text, loud, ls_text
 from engine.cli import flag
@@ -132,7 +131,8 @@ def spot_prices(words: Sequence[str], flags: Region) -> int:
         raise Refused(f"EC2 has no spot price for {kind} in this region. Is it offered there?")
     for zone, usd in sorted(now.items(), key=lambda item: item[1]):
         print(f"{zone:<16} ${usd:.4f} per hour")
-    print(f"on demand        {'unknown' if listed is None else f'${listed:.4f} per hour, list of {prices.DATED}'}")
+    dated = prices.price_list().dated
+    print(f"on demand        {'unknown' if listed is None else f'${listed:.4f} per hour, list of {dated}'}")
     return FINISHED
 
 

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from cluster.ec2 import CallFailed, Cloud
 from cluster.follow import FAILED, FINISHED
 from cluster.journal import Journal, home
 from cluster.local import free_port
+from cluster.remote import board_port
 from cluster.run import Refused
 from cluster.ssh import Host, Shell, Trouble, each
 from cluster.stacks import stack_for
@@ -210,7 +210,7 @@ def tensorboard(words: Sequence[str], flags: To) -> int:
         return _until_ctrl_c([sys.executable, "-m", "tensorboard.main", f"--logdir={where}", "--host=127.0.0.1",
                               f"--port={port}"])
     found, shells = where
-    there, first = 6006 + zlib.crc32(found.name.encode()) % 1000, one(shells, 0)     # where a launch puts it
+    there, first = board_port(found.name), one(shells, 0)
     print(f"Looking for TensorBoard on {first.name}.", flush=True)
     first.run(f"run={shlex.quote(f'runs/{found.name}')} port={there}\n{BOARD}", timeout_s=90)
     tunnel = openssh.forward(first.config, first.name, port, there)

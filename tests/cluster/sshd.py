@@ -204,3 +204,14 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("0.0.0.0", 0))
         return listener.getsockname()[1]
+
+
+def put(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def contents(root: Path) -> dict[str, str]:
+    return {str(path.relative_to(root)): os.readlink(path) if path.is_symlink() else path.read_text()
+            for path in root.rglob("*") if path.is_symlink() or path.is_file()}

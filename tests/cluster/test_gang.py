@@ -7,110 +7,21 @@ from __future__ import annotations
 import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import boto3
 import pytest
 
-import launch
-from cluster import aws, ladder
-from cluster.journal import Journal
-from cluster.plan import Plan
-from cluster.rehearsal import hosts
-from cluster.rehearsal.bench import Bench
+from cluster import aws
+from cluster.gang import Launch
+from cluster.journal import Journal, owner_name
 from cluster.rehearsal.world import Machine, price
 from cluster.run import Refused, Stopped
-from engine.cli import parse
+from tests.cluster.launching import Person, is_spot, launched, needs_machines, plan_of, requests
 
 POLICY = Path(__file__).parents[2] / "docs" / "iam_policy.json"
-SETTLE_S = 10                                     # for a machine that has just booted to start its watchdog
-pytestmark = pytest.mark.skipif(not hosts.SSHD or not shutil.which("rsync"),
-                                reason="the machines are sshds: needs openssh-server and rsync")
-
-
-@pytest.fixture(scope="module")
-def stage(tmp_path_factory) -> Iterator[Bench]:
-    configure = hosts.Host._configure
-
-    def without_bashrc(host: hosts.Host) -> None:             # as tests/cluster/sshd.py: else bash reads the ~/.bashrc
-        configure(host)                                       # of whoever runs the tests, which may take a minute
-        with open(host._config, "a") as file:
-            file.write("SetEnv SHLVL=2\n")
-
-    with pytest.MonkeyPatch.context() as patch, Bench(tmp_path_factory.mktemp("bench")) as bench:
-        patch.setattr(hosts.Host, "_configure", without_bashrc)
-        yield bench
-
-
-@pytest.fixture
-def bench(stage, tmp_path, monkeypatch) -> Iterator[Bench]:
-    """As new: no machine, no fault, a TXL_HOME without journals. What the test leaves must be guarded."""
-    for name in [name for name in os.environ if name.startswith(("AWS_", "TXL_"))]:
-        monkeypatch.delenv(name)
-    for name, value in (stage.env | {"TXL_HOME": str(tmp_path / "home")}).items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(ladder, "BACKOFF_S", .05)
-    stage.ec2.calls.clear()
-    yield stage
-    stage.ec2.heal()
-    until(lambda: not stage.unguarded())
-    unguarded = stage.unguarded()
-    stage.world.capacity, stage.world.hidden_s = {}, 0.0
-    stage.hosts.next.clear()
-    with stage.ec2.lock:
-        for machine in stage.alive():
-            stage.world.end(machine)
-    assert until(lambda: not stage.billable())
-    assert unguarded == []
-
-
-class Person:
-    """At the terminal: reads what is said, and presses Ctrl-C once `leaves` holds of it."""
-
-    def __init__(self, leaves: str = "never", then: Callable[[], None] = lambda: None):
-        self.lines, self._leaves, self._then = list[str](), leaves, then
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-        if self._leaves in text:
-            self._then()
-
-    def interrupted(self) -> bool:
-        return any(self._leaves in line for line in self.lines)
-
-
-def plan_of(bench: Bench, *more: str, count: int = 2) -> Plan:
-    flags = parse(launch.Flags, ["--config=tiny", "--backend=aws", "--name=two", "--instance_type=c5.xlarge",
-                                 f"--machines={count}", "--set=machines.gpus=1", "--set=recipe.batch.size=none",
-                                 "--set=recipe.batch.local_size=2", "--skip_setup", f"--ssh_user={bench.user}",
-                                 "--wait=0", *more], prog="launch.py", about="")
-    return launch.make_plan(flags, launch.find_config(flags))
-
-
-def launched(bench: Bench, *, until: str = "Bringing the code") -> None:
-    """A launch that is given up once it says `until`, by default when its machines are ready."""
-    with pytest.raises(Stopped):
-        aws.apply(plan_of(bench), Person(until))
-
-
-def until(condition: Callable[[], Any], seconds: float = SETTLE_S) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(.05)
-    return bool(condition())
-
-
-def requests(bench: Bench, action: str = "RunInstances") -> list[dict[str, Any]]:
-    return [call.params for call in bench.ec2.calls if call.action == action]
-
-
-def is_spot(params: dict[str, Any]) -> bool:
-    return params.get("InstanceMarketOptions.MarketType") == "spot"
+pytestmark = needs_machines
 
 
 @pytest.mark.parametrize("line", ["Asking for 2 x", "2 machine(s) run", "Bringing the code"])
@@ -175,7 +86,7 @@ def test_machines_of_another_number_under_the_same_name_are_named_and_left_alone
 
     def another() -> None:
         seen.extend(machine.id for machine in bench.alive())
-        launch_other = aws.Launch(other, Journal("two"), Person())
+        launch_other = Launch(other, Journal("two"), Person())
         with pytest.raises(Refused, match=r"two has machines that are not 1 running c5\.xlarge") as refused:
             launch_other.carry_out()
         assert all(id in str(refused.value) for id in seen)
@@ -236,7 +147,7 @@ def test_port_22_is_open_to_the_launcher_alone_and_everything_among_the_machines
 
     def look() -> None:
         (group,) = boto3.client("ec2").describe_security_groups(Filters=[
-            {"Name": "group-name", "Values": [f"txl-{aws.owner_name()}-two"]}])["SecurityGroups"]
+            {"Name": "group-name", "Values": [f"txl-{owner_name()}-two"]}])["SecurityGroups"]
         rules[group["GroupId"]] = {
             (rule["IpProtocol"], rule.get("ToPort") if rule["IpProtocol"] == "tcp" else None, source)
             for rule in group["IpPermissions"] for source in [

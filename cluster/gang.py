@@ -1,0 +1,388 @@
+"""The carrying-out of a plan on AWS: what is there already, a gang, readiness, code and data, supervisors.
+
+Until the training runs, giving up takes back what this launch has started; whatever happens here, the machines have
+their own deadline. docs/aws.md has what they carry.
+"""
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from cluster import deliver, ec2, ladder, reach, ready, run, ssh
+from cluster.aws import Facts, config_hash, estimated, limit_hours, node_command, refuse_others, uses_efa
+from cluster.backends import Watch, Wish
+from cluster.boot import Limits, user_data
+from cluster.ec2 import CallFailed, Instance
+from cluster.journal import Journal, home
+from cluster.local import CHECKOUT, free_port
+from cluster.plan import Node, Plan
+from cluster.remote import RemoteJob, board_port
+from cluster.run import Broken, Refused, Stopped
+from cluster.ssh import Host, Interrupted, Shell, Trouble
+from engine.values import to_json
+
+COMING_S, READY_S = 600, 900                      # until machines run, and until they are ready, at most
+SPOT_MARGIN = 1.2                                 # a budget counts spot at this times its price now, and pays no more
+
+
+class Launch:
+    """One carrying-out of a plan."""
+
+    def __init__(self, plan: Plan, journal: Journal, watch: Watch):
+        facts: Facts = plan.layout.facts
+        if facts.account is None:
+            raise Refused("The account could not be asked when the plan was made. Give the command again.")
+        self.plan, self.facts, self.account, self.journal, self.watch = plan, facts, facts.account, journal, watch
+        self.cloud = facts.account.cloud
+        self.terms, self.count = plan.terms, plan.config.machines.count
+        self.group_name = f"txl-{facts.owner}-{plan.name}"
+        self.ours: list[Instance] = []            # what this launch itself has started
+        self.tokens: list[str] = []               # launches that may have started more
+        self.ready = False                        # machines are there and in order
+
+    def carry_out(self) -> RemoteJob:
+        try:
+            machines = self.adopted() or self.provisioned()
+            hosts = self.hosts(self.running(machines))
+            shells = self.reached(hosts)
+            if (job := self.attached(shells, hosts)) is not None:
+                return job
+            return self.started(shells, hosts)
+        except Interrupted as error:
+            raise Stopped(f"Given up. {self.roll_back()}") from error
+        except Refused as error:
+            raise Refused(f"{error}\n{self.roll_back()}") from error
+        except (Trouble, Broken, CallFailed, OSError) as error:
+            if self.ready:                        # capacity is hard to come by, and what is wrong now can be mended
+                raise Broken(f"{error}\nThe machines stay for 20 minutes: once it is mended, the same command takes "
+                             f"them. To end them now:  python -m cluster kill {self.plan.name}") from error
+            raise Broken(f"{error}\n{self.roll_back()}") from error
+        except BaseException:                     # a fault of ours must not cost money either
+            self.roll_back()
+            raise
+
+    # --- machines ---
+
+    def adopted(self) -> list[Instance]:
+        """The machines of this name that are up already, those of a launcher that died after asking too."""
+        for intent in self.journal.unanswered():
+            found = self.cloud.instances(token=intent["token"])
+            self.journal.note("answer", token=intent["token"], ids=[x.id for x in found])
+        existing = self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner)
+        refuse_others(self.wish, existing)
+        if existing:
+            self.watch.say(f"{len(existing)} machine(s) of {self.plan.name} are up already: taking these.")
+            self.security_group(existing[0].tags)
+        return existing
+
+    def provisioned(self) -> list[Instance]:
+        """Up the ladder of markets and zones. Raises Refused with its whole history."""
+        plan, facts, intent = self.plan, self.facts, uuid.uuid4().hex
+        max_s = 3600 * limit_hours(self.terms, estimated(facts, plan.config, plan.layout.ranks))
+        expires = time.time() + max_s + 1800      # the watchdog's clock begins later than ours
+        tags = ec2.tags_of(plan.name, facts.owner, config_hash(plan), expires,
+                           f"{self.terms.minutes_after_success:g}/{self.terms.minutes_after_failure:g}")
+        group = self.security_group(tags)
+        placement = self.cloud.placement_group(self.group_name, tags) if self.count > 1 else None
+        public_key = ssh.key(home()).with_suffix(".pub").read_text().strip()
+        attempts: list[ladder.Attempt] = []
+        ondemand, why_not = self.ondemand_allowed()
+        give_up_at = time.time() + 60 * self.terms.wait
+        while True:
+            self.check()
+            move = ladder.next_move(attempts, spot=plan.config.machines.spot, zones=facts.zones, now=time.time(),
+                                    give_up_at=give_up_at, ondemand=ondemand, why_not=why_not)
+            if isinstance(move, ladder.Wait):
+                self.watch.say(f"No capacity anywhere yet; again in {move.seconds:.0f} s.")
+                self.sleep(move.seconds)
+                continue
+            if isinstance(move, ladder.GiveUp):
+                raise Refused(move.reason)
+            rate, price_cap = self.rate_of(move.market, move.zone)
+            limits = Limits(after_success_s=60 * self.terms.minutes_after_success,
+                            after_failure_s=60 * self.terms.minutes_after_failure, max_s=max_s,
+                            budget_s=self.budget_s(rate))
+            token = ec2.token(intent, move.market, move.zone, move.round)
+            request = ec2.run_instances_request(
+                kind=facts.type, count=self.count, market=move.market, zone=move.zone,
+                subnet=self.account.network.subnets[move.zone], group=group, placement=placement,
+                image=self.account.image, disk_gib=self.terms.disk_gib, user_data=user_data(limits, public_key),
+                tags=tags, token=token)
+            if price_cap is not None:
+                request["InstanceMarketOptions"]["SpotOptions"]["MaxPrice"] = f"{price_cap:.4f}"
+            self.journal.note("intent", token=token, market=move.market, zone=move.zone, count=self.count)
+            self.tokens.append(token)
+            self.watch.say(f"Asking for {self.count} x {facts.type.name}, {ladder.NAMES[move.market]}, {move.zone}.")
+            try:
+                self.ours = self.cloud.run_instances(request)
+            except CallFailed as error:
+                attempts.append(ladder.Attempt(move.market, move.zone, error.verdict, error.code, error.said,
+                                               time.time()))
+                if error.verdict not in ladder.AGAIN:
+                    self.journal.note("answer", token=token, ids=[])
+                    self.tokens.remove(token)
+                self.watch.say(f"  {error.code}")
+                continue
+            ids = [x.id for x in self.ours]
+            self.journal.note("answer", token=token, ids=ids)
+            self.journal.note("launched", ids=ids, usd_per_hour=rate or 0.0, until=expires, market=move.market)
+            self.tokens.remove(token)
+            return self.ours
+
+    def security_group(self, tags: Mapping[str, str]) -> str:
+        """Of this cluster, open to where we are now."""
+        return self.cloud.security_group(self.group_name, self.account.network.vpc, self.account.cidr, dict(tags))
+
+    def ondemand_allowed(self) -> tuple[bool, str]:
+        """Whether on-demand machines may take the place of spot ones, and what to say where not."""
+        if self.terms.fallback is None:
+            return False, ("Take on-demand machines then with --fallback=ondemand, or at once with --nospot; or wait "
+                           "longer for spot, --wait=MINUTES.")
+        estimate = estimated(self.facts, self.plan.config, self.plan.layout.ranks, spot=False)
+        total = None if estimate is None else estimate.total_usd
+        if self.terms.budget is None or (total is not None and total + self.facts.spent_usd <= self.terms.budget):
+            return True, ""
+        return False, f"On demand it would not fit into --budget={self.terms.budget:g}"
+
+    def rate_of(self, market: str, zone: str) -> tuple[float | None, float | None]:
+        """What all machines cost an hour at most, and the highest bid for one of them where a budget depends on it."""
+        spot = market == "spot"
+        estimate = estimated(self.facts, self.plan.config, self.plan.layout.ranks, spot=spot, zone=zone)
+        rate = None if estimate is None else estimate.usd_per_hour
+        if not spot or self.terms.budget is None or rate is None:
+            return rate, None
+        now = (self.facts.spot_usd or {}).get(zone)
+        return (rate, None) if now is None else (rate + self.count * now * (SPOT_MARGIN - 1), now * SPOT_MARGIN)
+
+    def budget_s(self, rate: float | None) -> float | None:
+        """How long the machines may live for the run to stay within its budget. Raises Refused where it is used up."""
+        if self.terms.budget is None:
+            return None
+        if rate is None:
+            raise Refused(f"--budget cannot be held: what a {self.facts.type.name} costs is not known")
+        left = self.terms.budget - self.facts.spent_usd
+        if left <= 0:
+            raise Refused(f"{self.plan.name} has cost ${self.facts.spent_usd:.2f}, and --budget is "
+                          f"${self.terms.budget:.2f}. Give a higher one to go on")
+        return 3600 * left / rate
+
+    def running(self, machines: list[Instance]) -> list[Instance]:
+        """The machines once all run. What was just launched may be invisible for a while."""
+        ids, deadline, wait = {x.id for x in machines}, time.monotonic() + COMING_S, .2
+        while True:
+            self.check()
+            seen = [x for x in self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner, alive=False)
+                    if x.id in ids]
+            if ended := [x for x in seen if x.state in ("shutting-down", "terminated", "stopping", "stopped")]:
+                raise Broken(f"{', '.join(x.id for x in ended)} ended before the training began (state "
+                             f"{ended[0].state}): a spot interruption, or a fault of EC2. Try again")
+            if len(seen) == len(ids) and all(x.state == "running" and x.private for x in seen):
+                return sorted(seen, key=lambda x: x.node)
+            if time.monotonic() > deadline:
+                raise Broken(f"After {COMING_S // 60} minutes not all machines run: "
+                             + ", ".join(f"{x.id} {x.state}" for x in seen))
+            self.sleep(wait)
+            wait = min(2 * wait, 5)
+
+    def hosts(self, machines: list[Instance]) -> list[Host]:
+        jump = ec2.needs_jump(self.facts.type, self.count)
+        if jump:
+            public = self.cloud.address(machines[0].id, dict(machines[0].tags))
+            return [Host(x.node, x.private if x.node else public, x.private, x.id, jump=x.node > 0) for x in machines]
+        if bare := [x.id for x in machines if not x.public]:
+            raise Broken(f"{', '.join(bare)} came without a public address, out of SSH's reach. Is the subnet public?")
+        return [Host(x.node, x.public or "", x.private, x.id) for x in machines]
+
+    # --- on the machines ---
+
+    def reached(self, hosts: list[Host]) -> list[Shell]:
+        port = os.environ.get("TXL_SSH_PORT")
+        config = ssh.write_config(self.journal.folder, hosts, user=self.terms.ssh_user or self.facts.stack.ssh_user,
+                                  key=ssh.key(home()), port=int(port) if port else None)
+        shells = [Shell(config, host.name, host) for host in hosts]
+        self.watch.say(f"{len(shells)} machine(s) run. Waiting until they are ready:  ssh -F {config} node-0")
+        needs = ready.Needs(self.facts.type.gpus, uses_efa(self.facts, self.count), 10, None)
+        if self.facts.stack.packages and not self.terms.skip_setup:
+            self.await_ready(shells, replace(needs, gpus=0))
+            self.install_driver(shells)
+        self.await_ready(shells, needs)
+        self.ready = True
+        return shells
+
+    def await_ready(self, shells: list[Shell], needs: ready.Needs) -> None:
+        ready.wait_ready(shells, needs, deadline_s=READY_S, say=self.watch.say, interrupted=self.watch.interrupted)
+
+    def install_driver(self, shells: list[Shell]) -> None:
+        """Where the image has none. On each machine: a kernel's module cannot be copied as an environment can."""
+        apt = "sudo -n env DEBIAN_FRONTEND=noninteractive apt-get -q -y"
+        script = (f"nvidia-smi -L > /dev/null 2>&1 || {{ {apt} update && {apt} install "
+                  f"{shlex.join(self.facts.stack.packages)} && sudo -n modprobe nvidia; }}")
+        with reach.holding(shells):
+            ssh.each(shells, lambda shell: shell.run(script, timeout_s=READY_S, tied=True,
+                                                     interrupted=self.watch.interrupted), name=lambda shell: shell.name)
+
+    def attached(self, shells: list[Shell], hosts: list[Host]) -> RemoteJob | None:
+        """The training that runs there already, or has finished there; None where one must be started."""
+        if self.ours:
+            return None
+        run_dir = f"txl/{self.plan.run_dir.as_posix()}"
+        script = (f"cd {run_dir} 2>/dev/null || exit 0; cat nodes/$N.json; echo; "
+                  f"flock -n nodes/$N.lock true && echo idle || echo busy; cat status.json 2>/dev/null; echo")
+        said = [shell.run(f"N={host.node}; {script}").out.splitlines() for shell, host in zip(shells, hosts)]
+        nodes = [json.loads(lines[0]) if lines and lines[0].startswith("{") else {} for lines in said]
+        launches = {node.get("launch") for node in nodes}
+        busy = [len(lines) > 1 and lines[1] == "busy" for lines in said]
+        finished = bool(said[0]) and len(said[0]) > 2 and said[0][2].startswith("{") and \
+            json.loads(said[0][2]).get("state") == "finished"
+        if len(launches) == 1 and None not in launches and (all(busy) or (finished and not any(busy))):
+            self.watch.say("It is training there already: following it." if all(busy) else "It has finished there.")
+            return self.job(shells, launches.pop())
+        for shell, host, still in zip(shells, hosts, busy):       # the rest of a training that has failed elsewhere
+            if still:
+                node = f"{run_dir}/nodes/{host.node}"
+                shell.run(f"touch {node}.kill; flock -w 20 {node}.lock true")
+        return None
+
+    def started(self, shells: list[Shell], hosts: list[Host]) -> RemoteJob:
+        plan, say, interrupted, stack = self.plan, self.watch.say, self.watch.interrupted, self.facts.stack
+        run.record(plan.run_dir, plan.config.recipe, str(plan), plan.command, plan.overrides, CHECKOUT)
+        reach.hold(shells)
+        with reach.holding(shells):
+            say("Bringing the code.")
+            deliver.send_code(shells, CHECKOUT, say=say, interrupted=interrupted)
+            python = reach.setup(shells, None, stack.torch, stack.index_url,
+                                 (CHECKOUT / "requirements.txt").read_text(), skip=self.terms.skip_setup, say=say,
+                                 interrupted=interrupted)
+            self.bring_inputs(shells, python)
+            launch, recipe_path = uuid.uuid4().hex[:12], plan.run_dir / "recipe.json"
+            launches = [self.launch_of(launch, node, host, hosts[0], python) for node, host in
+                        zip(plan.layout.nodes, hosts)]
+            reach.start(shells, plan.run_dir.as_posix(), launches,
+                        {recipe_path.as_posix(): json.dumps(to_json(plan.config.recipe), indent=1) + "\n"},
+                        interrupted=interrupted)
+        job = self.job(shells, launch)
+        if plan.tensorboard:
+            self.tunnel(shells[0])
+        return job
+
+    def launch_of(self, launch: str, node: Node, host: Host, first: Host, python: str) -> dict[str, Any]:
+        board = [python, "-m", "tensorboard.main", f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
+                 f"--port={board_port(self.plan.name)}"]
+        command = node_command(self.plan, node.rank, node.ranks, python, first.private)
+        return {"launch": launch, "command": list(command), "env": node.env, "private": host.private,
+                "tensorboard": board if self.plan.tensorboard and node.rank == 0 else None}
+
+    def tunnel(self, shell: Shell) -> None:
+        port = free_port()
+        try:
+            ssh.forward(shell.config, shell.name, port, board_port(self.plan.name))
+            self.watch.say(f"TensorBoard: http://127.0.0.1:{port}")
+        except Trouble as error:
+            self.watch.say(f"No tunnel to TensorBoard: {error}")
+
+    def bring_inputs(self, shells: list[Shell], python: str) -> None:
+        """Data, weights to start from, and the checkpoint to go on from where the machines have none."""
+        plan, recipe = self.plan, self.plan.config.recipe
+        missing = []
+        for path in map(Path, recipe.inputs):
+            if path.is_absolute():
+                raise Broken(f"{path} is an absolute path, which machines do not share. Give one below {Path.cwd()}")
+            if path.exists():
+                deliver.send(shells, path, f"txl/{path if path.is_dir() else path.parent}", say=self.watch.say,
+                           interrupted=self.watch.interrupted)
+            else:
+                missing.append(path)
+        if missing and recipe.prepare:
+            self.watch.say(f"{', '.join(map(str, missing))} is not here: made on the machines.")
+            prepare = f"cd txl && {shlex.join([python, *recipe.prepare])}"
+            ssh.each(shells, lambda shell: shell.run(prepare, timeout_s=3600, tied=True,
+                                                     interrupted=self.watch.interrupted), name=lambda shell: shell.name)
+        newest = plan.standing.step
+        there = shells[0].run(f"ls txl/{plan.run_dir}/checkpoints 2>/dev/null", check=False).out.split()
+        if newest is not None and not [name for name in there if name >= f"step-{newest:08d}"]:
+            folder = plan.run_dir / "checkpoints" / f"step-{newest:08d}"
+            deliver.send(shells, folder, f"txl/{folder}", say=self.watch.say, interrupted=self.watch.interrupted)
+
+    def job(self, shells: list[Shell], launch: str) -> RemoteJob:
+        self.ours = []                            # from here on they are the run's
+        return RemoteJob(self.plan.run_dir, shells, launch, self.watch, self.gone, self.bye)
+
+    def gone(self, nodes: list[int]) -> dict[int, str]:
+        there = {x.node: x for x in self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner)}
+        return {i: "its machine is gone: a spot interruption, its deadline, or somebody's kill" for i in nodes
+                if i not in there}
+
+    def bye(self) -> None:
+        """What it has cost by now, and when the machines go."""
+        try:
+            left = self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner)
+        except CallFailed as error:
+            self.watch.say(f"Whether the machines are still there cannot be asked: {error}")
+            return
+        now, rates = time.time(), self.journal.notes("launched")
+        self.journal.note("seen", ids=[x.id for x in left])
+        for x in left:
+            hourly = next((n["usd_per_hour"] / len(n["ids"]) for n in rates if x.id in n["ids"]), None)
+            hours = (now - x.launched) / 3600
+            cost = "unknown" if hourly is None else f"${hourly * hours:.2f}"
+            self.watch.say(f"  node-{x.node} {x.id} {x.kind} {x.market} {x.zone}: {hours * 60:.0f} min, {cost} so far")
+        if left:
+            self.watch.say(f"The machines go {self.terms.minutes_after_success:g} minutes after success, "
+                           f"{self.terms.minutes_after_failure:g} after failure. Now:  "
+                           f"python -m cluster kill {self.plan.name}")
+
+    # --- giving up ---
+
+    def roll_back(self) -> str:
+        """Ends what this launch has started. Returns what is to say about it."""
+        try:
+            ids = [x.id for x in self.ours]
+            for token in self.tokens:             # asked for, and no answer came
+                ids += [x.id for x in self.cloud.instances(token=token)]
+            if not ids:
+                self.tidy(0)
+                return "Nothing of this launch is left."
+            self.cloud.terminate(ids)
+            self.journal.note("gone", ids=ids)
+            self.tidy(5)
+            return f"The {len(ids)} machine(s) of this launch are terminated."
+        except CallFailed as error:
+            return (f"{error}\nSo what this launch has started may still be there; each machine powers itself off "
+                    f"within 20 minutes. To end them:  python -m cluster kill {self.plan.name}")
+
+    def tidy(self, wait_s: float) -> None:
+        """Groups and addresses: free as soon as the machines are really gone, else swept by the next launch or gc."""
+        deadline = time.monotonic() + wait_s
+        while not self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner):
+            busy = False
+            for thing in self.cloud.leftovers(owner=self.facts.owner, cluster=self.plan.name):
+                try:
+                    self.cloud.remove(thing)
+                except CallFailed as error:
+                    busy |= error.verdict == "busy"
+            if not busy or time.monotonic() > deadline:
+                return
+            time.sleep(.5)
+
+    # --- small things ---
+
+    @property
+    def wish(self) -> Wish:
+        return Wish(self.plan.name, self.plan.config, self.plan.standing, self.terms)
+
+    def check(self) -> None:
+        if self.watch.interrupted():
+            raise Interrupted("interrupted")
+
+    def sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            self.check()
+            time.sleep(min(.1, left))

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+
+import pytest
+
+from cluster import ladder
+from cluster.rehearsal.bench import Bench
+from tests.cluster.launching import until
+from tests.cluster.sshd import machines
+
+
+@pytest.fixture(scope="module")
+def stage(tmp_path_factory) -> Iterator[Bench]:
+    with Bench(tmp_path_factory.mktemp("bench")) as bench:
+        yield bench
+
+
+@pytest.fixture
+def bench(stage, tmp_path, monkeypatch) -> Iterator[Bench]:
+    """As new: no machine, no fault, a TXL_HOME without journals. What the test leaves must be guarded."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "TXL_"))]:
+        monkeypatch.delenv(name)
+    for name, value in (stage.env | {"TXL_HOME": str(tmp_path / "home")}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ladder, "BACKOFF_S", .05)
+    stage.ec2.calls.clear()
+    yield stage
+    stage.ec2.heal()
+    until(lambda: not stage.unguarded())
+    unguarded = stage.unguarded()
+    stage.world.capacity, stage.world.hidden_s = {}, 0.0
+    stage.hosts.next.clear()
+    with stage.ec2.lock:
+        for machine in stage.alive():
+            stage.world.end(machine)
+    assert until(lambda: not stage.billable())
+    assert unguarded == []
+
+
+@pytest.fixture(scope="module")
+def module_trio(tmp_path_factory):
+    with machines(tmp_path_factory.mktemp("machines"), 3) as them:
+        yield them
+
+
+@pytest.fixture
+def trio(module_trio):
+    """Three machines that have nothing yet."""
+    yield module_trio
+    for machine in module_trio.all:
+        for path in [*machine.bin.iterdir(), machine.root / "var/lib/txl/lease/hold"]:
+            path.unlink(missing_ok=True)
+        shutil.rmtree(machine.home / "txl", ignore_errors=True)
