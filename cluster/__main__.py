@@ -60,6 +60,8 @@ VERBS = {
     "start": Verb("RUN", "switch stopped machines on", verbs.Asking, verbs.start),
     "hosts": Verb("[RUN]", "lines for /etc/hosts", verbs.Region, verbs.hosts),
     "spot_prices": Verb("TYPE", "what a kind of machine costs now, by zone", verbs.Region, verbs.spot_prices),
+    "prices": Verb("[TYPE]", "what machines cost on demand, by the list and its date", verbs.Listing,
+                   verbs.list_prices),
     "keys": Verb("", "the public key that machines get, and where it is", verbs.Nothing, verbs.keys),
     "gc": Verb("", "end what is past its deadline, remove what ended clusters left", verbs.Sweeping, verbs.gc),
 }

@@ -14,6 +14,7 @@ from cluster.journal import Journal, home, owner_name
 from cluster.run import Refused
 from cluster.verbs_lists import Cluster, choose, clusters, doomed, hosts_text, loud, ls_text
 from engine.cli import flag
+from engine.values import nearest
 
 TRIES, AGAIN_S = 40, 3                            # two minutes for a machine to go; it keeps its groups until then
 
@@ -41,6 +42,11 @@ class Sweeping(Ending):
 @dataclass(frozen=True)
 class Asking(Region):
     yes: bool = flag("do not ask", False)
+
+
+@dataclass(frozen=True)
+class Listing(Region):
+    refresh: bool = flag("ask AWS for the region's list of today, and go by it from now on", False)
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,31 @@ def spot_prices(words: Sequence[str], flags: Region) -> int:
         print(f"{zone:<16} ${usd:.4f} per hour")
     dated = prices.price_list().dated
     print(f"on demand        {'unknown' if listed is None else f'${listed:.4f} per hour, list of {dated}'}")
+    return FINISHED
+
+
+def list_prices(words: Sequence[str], flags: Listing) -> int:
+    """Of one type, or of all whose names begin like the word."""
+    if flags.region and not flags.refresh:
+        raise Refused("--region says whose list to ask for:  python -m cluster prices --refresh --region=…")
+    if flags.refresh:
+        region = Cloud(flags.region).region
+        found = prices.refresh(region)
+        if not found:
+            raise Refused(f"AWS's list has no machine of {region}. The list that was there stays.")
+        path = prices.save(region, found, time.strftime("%-d %B %Y"))
+        print(f"{len(found)} prices of {region} by AWS's list of today, kept in {path}")
+        if not words:
+            return FINISHED
+    listed, word = prices.price_list(), words[0] if words else ""
+    shown = {word: listed.usd_per_hour[word]} if word in listed.usd_per_hour else {
+        kind: usd for kind, usd in sorted(listed.usd_per_hour.items()) if kind.startswith(word)}
+    if not shown:
+        raise Refused(f"{word} is not in the list of {listed.dated}.{nearest(word, listed.usd_per_hour)} AWS's own of "
+                      f"today:  python -m cluster prices --refresh")
+    for kind, usd in shown.items():
+        print(f"{kind:<18} ${usd:.4f} per hour")
+    print(f"On demand, Linux, by the list of {listed.dated}.")
     return FINISHED
 
 

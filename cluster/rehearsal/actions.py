@@ -19,10 +19,11 @@ from moto.ec2.models.instance_types import INSTANCE_TYPES
 from moto.ec2.responses import EC2Response
 from moto.ec2.utils import convert_tag_spec, filter_dict_attribute_mapping, random_id
 
-from cluster.rehearsal.world import Machine, Refusal, World, offered, on_demand, price
+from cluster.rehearsal.world import Machine, Refusal, World, kinds_of, offered, on_demand, price
 
 IMAGES = {"/aws/service/deeplearning/ami/": "898082745236", "/aws/service/canonical/": "099720109477",
           "/aws/service/ami-amazon-linux-latest/": "137112412989"}
+PAGE = 100                                        # products of a price list in one reply, at most
 USER_DATA_LIMIT = 16384                           # bytes, before base64
 UNSUPPORTED = "The requested configuration is currently not supported. Please check the documentation for supported " \
               "configurations."
@@ -383,17 +384,23 @@ class PlacementGroup(TaggedEC2Resource):
                        for value in _list(self.get_filter_value(name))) for name, patterns in filters.items())
 
 
-def price_list(body: dict[str, Any]) -> dict[str, Any]:
-    """pricing.GetProducts: one product for each instanceType that the filters name."""
-    kinds = [x["Value"] for x in body.get("Filters", []) if x["Field"] == "instanceType"]
+def price_list(body: dict[str, Any], region: str) -> dict[str, Any]:
+    """pricing.GetProducts: a product for each kind of machine of the region that all filters fit, a page at a time."""
+    wanted = {(x["Field"], x["Value"]) for x in body.get("Filters", [])}
+    kinds = [kind for kind in kinds_of(region) if wanted <= _listed(kind, region).items()]
+    first = int(body.get("NextToken", 0))
+    end = first + body.get("MaxResults", PAGE)
     return {"FormatVersion": "aws_v1", "PriceList": [json.dumps({
-        "product": {"productFamily": "Compute Instance", "sku": kind, "attributes": {
-            "instanceType": kind, "operatingSystem": "Linux", "tenancy": "Shared", "preInstalledSw": "NA",
-            "capacitystatus": "Used", "regionCode": "us-east-1", "location": "US East (N. Virginia)"}},
+        "product": {"productFamily": "Compute Instance", "sku": kind, "attributes": _listed(kind, region)},
         "serviceCode": "AmazonEC2",
         "terms": {"OnDemand": {f"{kind}.T": {"sku": kind, "priceDimensions": {f"{kind}.T.D": {
             "unit": "Hrs", "pricePerUnit": {"USD": f"{on_demand(kind):.10f}"}}}}}},
-    }) for kind in kinds if kind in INSTANCE_TYPES]}
+    }) for kind in kinds[first:end]]} | ({"NextToken": str(end)} if end < len(kinds) else {})
+
+
+def _listed(kind: str, region: str) -> dict[str, str]:
+    return {"instanceType": kind, "operatingSystem": "Linux", "tenancy": "Shared", "preInstalledSw": "NA",
+            "capacitystatus": "Used", "marketoption": "OnDemand", "regionCode": region}
 
 
 def _changes(key: str, before: list[tuple[Machine, Any]]) -> ActionResult:

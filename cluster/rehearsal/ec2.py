@@ -161,7 +161,7 @@ class StrictEc2:
                 self.world.tick()
                 return self._ec2(action, request)
         if service == "pricing" and action == "GetProducts":
-            return _json(price_list(params)), None
+            return _json(price_list(params, self.region)), None
         if service == "ssm" and action in ("GetParameter", "GetParameters") and self._public_images(params):
             return self._parameters(action, params), None
         response = Response.from_app(self._moto, environ)

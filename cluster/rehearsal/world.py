@@ -253,6 +253,12 @@ def offered(kind: str, region: str) -> list[str]:
                   if x["InstanceType"] == kind)
 
 
+def kinds_of(region: str) -> list[str]:
+    """What a region offers anywhere."""
+    return sorted({x["InstanceType"] for x in INSTANCE_TYPE_OFFERINGS["availability-zone"].get(region, [])
+                   if x["InstanceType"] in INSTANCE_TYPES})
+
+
 def on_demand(kind: str) -> float:
     """Dollars per hour: of the project's table, else made up from the number of cores."""
     return Machines(kind).usd_per_hour or USD_PER_CORE * INSTANCE_TYPES[kind]["VCpuInfo"]["DefaultVCpus"]

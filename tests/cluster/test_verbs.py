@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pty
+import re
 import select
 import shlex
 import shutil
@@ -338,6 +339,31 @@ def test_spot_prices_are_listed_cheapest_first(bench, capsys):
     assert (first.split()[0], second.split()[0]) == ("us-east-1c", "us-east-1d")
     assert float(first.split("$")[1].split()[0]) < float(second.split("$")[1].split()[0])
     assert listed.startswith("on demand        $31.2120 per hour, list of ")
+
+
+def test_prices_are_those_of_the_table_until_amazons_own_list_is_asked_for(bench, capsys):
+    assert main(["prices", "c5.l"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["c5.large           $0.0850 per hour",
+                                                    "On demand, Linux, by the list of July 2026."]
+    for line, said in (("prices c5.lage", "Did you mean 'c5.large'"), ("prices --region=us-east-1", "--refresh")):
+        with pytest.raises(SystemExit):
+            main(line.split())
+        assert said in capsys.readouterr().err
+    assert bench.count("GetProducts") == 0
+    assert main(["prices", "x1e.", "--refresh"]) == 0             # in no table of ours; the rehearsal makes prices up
+    kept, *rows, dated = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(rf"\d{{3,}} prices of us-east-1 by AWS's list of today, kept in {home()}/prices.json", kept)
+    assert bench.count("GetProducts") == -(-int(kept.split()[0]) // 100)
+    assert rows[0] == "x1e.16xlarge       $3.2000 per hour"
+    assert dated == f"On demand, Linux, by the list of {time.strftime('%-d %B %Y')}, us-east-1."
+
+
+def test_an_empty_list_of_prices_is_not_kept(bench, capsys, monkeypatch):
+    monkeypatch.setattr(bench.cloud, "region", "eu-west-1")       # of which this EC2 has no list
+    with pytest.raises(SystemExit):
+        main(["prices", "--refresh"])
+    assert "AWS's list has no machine of eu-west-1" in capsys.readouterr().err
+    assert not (home() / "prices.json").exists()
 
 
 # --- on machines ---
