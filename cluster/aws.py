@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from cluster.spec import KINDS, Config, Terms
 from cluster.stacks import Stack, stack_for
 
 HOURS_UNKNOWN = 24.0                              # a machine's longest life where nobody knows how long the run takes
-ASK_ABOVE_USD = 20.0                              # expected dollars above which a person must agree
+ASK_ABOVE_USD = 20.0                              # dollars that a launch may cost without a person's consent
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
     nodes = tuple(Node(i, f"node-{i}", ranks, environment(facts, machines.count, ranks),
                        node_command(wish, i, ranks, "python", "node-0")) for i in range(machines.count))
     estimate = estimated(facts, wish.config, ranks * machines.count)
+    most_hours = limit_hours(terms, estimate)
     where = f"one of {', '.join(facts.zones)}" if facts.account else "a zone to be chosen"
     market = "spot" if machines.spot else "on demand"
     return Layout(
@@ -94,7 +96,7 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
         str(estimate) if estimate else "price unknown: it is not in the table, and EC2 does not say",
         f"stack {facts.stack.name}: {facts.stack.about}" if not terms.skip_setup else
         "none: the image has the environment",
-        tuple(_notes(facts, limit_hours(terms, estimate))), question(machines.count, facts, estimate), facts)
+        tuple(_notes(facts, most_hours)), question(machines.count, facts, estimate, most_hours), facts)
 
 
 def node_command(wish: Wish | Plan, node: int, ranks: int, python: str, master: str) -> tuple[str, ...]:
@@ -151,15 +153,18 @@ def limit_hours(terms: Terms, estimate: Estimate | None) -> float:
     return HOURS_UNKNOWN if estimate is None or estimate.hours is None else 2 * estimate.hours + 2
 
 
-def question(count: int, facts: Facts, estimate: Estimate | None) -> str | None:
-    """What to ask before money is spent; None where it is little."""
-    total = None if estimate is None else estimate.total_usd
-    if facts.account is None or facts.existing or (total is not None and total <= ASK_ABOVE_USD):
+def question(count: int, facts: Facts, estimate: Estimate | None, most_hours: float) -> str | None:
+    """What to ask before money is spent; None where it is little. Nothing outlives `most_hours`."""
+    if facts.account is None or facts.existing:
         return None
     if estimate is None:
         return f"What {count} x {facts.type.name} cost is not known. Launch?"
-    return f"{count} x {facts.type.name} for ${estimate.usd_per_hour:.2f} per hour, " + (
-        f"${total:.2f} in all. Launch?" if total is not None else "nobody knows for how long. Launch?")
+    most = min(most_hours * estimate.usd_per_hour, facts.terms.budget or math.inf)
+    if most <= ASK_ABOVE_USD:
+        return None
+    about = "nobody knows for how long" if estimate.total_usd is None else f"about ${estimate.total_usd:.2f} in all"
+    return (f"{count} x {facts.type.name} for ${estimate.usd_per_hour:.2f} per hour: {about}, ${most:.2f} at most. "
+            f"Launch?")
 
 
 def apply(plan: Plan, watch: Watch) -> RemoteJob:
@@ -173,7 +178,8 @@ def apply(plan: Plan, watch: Watch) -> RemoteJob:
 def _notes(facts: Facts, hours: float) -> Iterator[str]:
     terms = facts.terms
     if facts.existing:
-        yield f"{len(facts.existing)} machine(s) of this name are up already and will be taken"
+        yield (f"{len(facts.existing)} machine(s) of this name are up already: what trains there is followed, else "
+               f"it goes on there")
     if facts.account is None:
         yield "nobody was asked: without AWS credentials the prices are the table's"
     cap = f", or when the run has cost ${terms.budget:.2f}" if terms.budget else ""

@@ -46,11 +46,7 @@ class Here:
 
 
 def survey(wish: Wish) -> Here:
-    """Looks at this machine. Raises Refused where weights to start from are not here."""
-    start = wish.config.recipe.init_from
-    if start is not None and wish.standing.step is None and not Path(start).exists():
-        raise Refused(f"There is no checkpoint {start}. Give a run's folder (runs/NAME) or one of its "
-                      f"checkpoints/step-*")
+    """Looks at this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     path = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return Here(sys.executable, _gpus(), cores, free_port(), "lo0" if sys.platform == "darwin" else "lo",

@@ -13,6 +13,8 @@ from pathlib import Path
 from cluster.ec2 import CONNECT_S, READ_S, READS, Market, classified
 from cluster.spec import KINDS, Config
 from engine.config import Recipe
+from engine.files import write_whole
+from engine.peaks import PEAK_TFLOPS
 
 # AWS's list. P3, P3dn and P4d as of July 2026; of the rest two published copies agree, of which the later has P4d and
 # P5 as they are since the cut of June 2025.
@@ -36,8 +38,6 @@ ADDRESS_USD_PER_HOUR = .005                       # public IPv4
 # Of the dense peak, in what training needs: the lower of what NVIDIA's README has for its base and large Transformer-XL
 # on 8 GPUs, V100 for fp32 (35%, 36%), A100 for tf32 (11%, 16%) and fp16 (8%, 14%; V100 12% both). bf16 as fp16.
 UTILISATION = {"fp32": .35, "tf32": .11, "fp16": .08, "bf16": .08}
-PEAK_TFLOPS = {                                   # as engine/metrics.py has them, which needs torch
-    "V100": {"fp32": 15.7, "fp16": 125}, "A100": {"fp32": 19.5, "tf32": 156, "bf16": 312, "fp16": 312}}
 
 
 @dataclass(frozen=True)
@@ -105,9 +105,7 @@ def save(region: str, usd_per_hour: Mapping[str, float], dated: str) -> Path:
     """Keep what `refresh` returned: from now on it is the list. Returns where."""
     path = _saved()
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(json.dumps({"region": region, "dated": dated, "usd_per_hour": usd_per_hour}, indent=1) + "\n")
-    os.replace(beside, path)
+    write_whole(path, json.dumps({"region": region, "dated": dated, "usd_per_hour": usd_per_hour}, indent=1) + "\n")
     return path
 
 

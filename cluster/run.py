@@ -5,7 +5,6 @@ Every backend keeps the folder of the machine that launches up to date; followin
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import time
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any, Literal
 
 from engine.complete import intact
 from engine.config import Recipe
+from engine.files import write_whole
 from engine.values import BadValue, differences, from_json, to_json
 
 LAUNCHED = "=== launched"                         # how the line begins that a launch writes at the top of a node's log
@@ -54,11 +54,14 @@ NEW = Standing()
 
 
 def standing(run_dir: Path, recipe: Recipe) -> Standing:
-    """What a launch of `recipe` under this name would be. Raises Refused where the name belongs to another recipe."""
+    """What a launch of `recipe` under this name would be.
+
+    Raises Refused where the name belongs to another recipe, or the weights to start from are not here.
+    """
     try:
         old = from_json(type(recipe), json.loads((run_dir / "recipe.json").read_text()))
     except FileNotFoundError:
-        return Standing()
+        return _beginning(Standing(), recipe)
     except (BadValue, json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         raise Refused(f"{run_dir}/recipe.json is not a recipe that this version reads: {error}\n"
                       f"Choose another --name, or remove {run_dir}") from error
@@ -70,7 +73,7 @@ def standing(run_dir: Path, recipe: Recipe) -> Standing:
     if status.get("state") == "finished":
         return Standing("finished", status.get("step"), message=status.get("message", ""))
     newest = newest_checkpoint(run_dir) or {}
-    return Standing("unfinished", newest.get("step"), newest.get("ranks"), changes=changes)
+    return _beginning(Standing("unfinished", newest.get("step"), newest.get("ranks"), changes=changes), recipe)
 
 
 def why(error: OSError) -> str:
@@ -95,19 +98,20 @@ def newest_checkpoint(run_dir: Path) -> dict[str, Any] | None:
 def record(run_dir: Path, recipe: Recipe, plan: str, command: str, overrides: tuple[str, ...], checkout: Path) -> None:
     """Write what led to the run, before it starts. command.txt has a line for each launch, the rest is of the last."""
     (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-    _replace(run_dir / "recipe.json", json.dumps(to_json(recipe), indent=1) + "\n")
-    _replace(run_dir / "plan.txt", plan + "\n")
-    _replace(run_dir / "commit.txt", _commit(checkout))
+    write_whole(run_dir / "recipe.json", json.dumps(to_json(recipe), indent=1) + "\n")
+    write_whole(run_dir / "plan.txt", plan + "\n")
+    write_whole(run_dir / "commit.txt", _commit(checkout))
     with open(run_dir / "command.txt", "a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S %z')}  {command}\n")
         file.writelines(f"    {override}\n" for override in overrides)
     (run_dir / "stop").unlink(missing_ok=True)
 
 
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.partial")
-    beside.write_text(text)
-    os.replace(beside, path)
+def _beginning(standing: Standing, recipe: Recipe) -> Standing:
+    if recipe.init_from is not None and standing.step is None and not Path(recipe.init_from).exists():
+        raise Refused(f"There is no checkpoint {recipe.init_from}. Give a run's folder (runs/NAME) or one of its "
+                      f"checkpoints/step-*")
+    return standing
 
 
 def _commit(checkout: Path) -> str:

@@ -12,19 +12,21 @@ class Kind:
     """One kind of machine. Its price is in cluster/prices.py."""
     name: str
     gpus: int
-    gpu: str
-    gpu_memory_gib: int
+    gpu: str | None
+    gpu_memory_gib: int                           # of each
     cores: int                                    # vCPUs
     memory_gib: int
     efa: int = 0                                  # network cards that speak EFA
 
 
 KINDS = {kind.name: kind for kind in (
+    Kind("c5.xlarge", 0, None, 0, 4, 8),
     Kind("p3.2xlarge", 1, "V100", 16, 8, 61),
     Kind("p3.8xlarge", 4, "V100", 16, 32, 244),
     Kind("p3.16xlarge", 8, "V100", 16, 64, 488),
     Kind("p3dn.24xlarge", 8, "V100", 32, 96, 768, efa=1),
     Kind("p4d.24xlarge", 8, "A100", 40, 96, 1152, efa=4),
+    Kind("p5.48xlarge", 8, "H100", 80, 192, 2048, efa=32),
 )}
 LOCAL = "local"                                   # the machine the command is typed on, whatever it is
 

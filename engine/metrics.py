@@ -15,13 +15,8 @@ from typing import Any
 
 import torch
 
-# Dense peak in TFLOP/s by GPU and precision, from NVIDIA's data sheets (SXM variants); without sparsity.
-PEAK_TFLOPS: dict[str, dict[str, float]] = {
-    "V100": {"fp32": 15.7, "fp16": 125},
-    "A100": {"fp32": 19.5, "tf32": 156, "bf16": 312, "fp16": 312},
-    "H100": {"fp32": 67, "tf32": 494, "bf16": 989, "fp16": 989},
-    "H200": {"fp32": 67, "tf32": 494, "bf16": 989, "fp16": 989},
-}
+from engine.files import write_whole
+from engine.peaks import PEAK_TFLOPS
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
@@ -64,9 +59,7 @@ class Metrics:
         path = folder / "metrics.jsonl"
         if path.exists():
             lines = path.read_text().splitlines()
-            beside = path.with_name(".metrics.jsonl")
-            beside.write_text("".join(f"{line}\n" for line in lines if _stands(line, step)))
-            beside.replace(path)
+            write_whole(path, "".join(f"{line}\n" for line in lines if _stands(line, step)))
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - as long as the run
         from torch.utils.tensorboard import SummaryWriter  # 1 s to import, by one rank of all
         self._tags: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=tokens + 1 if step else None)

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from engine.files import write_whole
 from engine.world import World
 
 State = Literal["training", "finished", "stopped", "failed"]
@@ -77,10 +78,8 @@ class Run:
             (self.folder / "stop").unlink(missing_ok=True)
 
     def _write_status(self, state: State, step: int, message: str) -> None:
-        beside = self.folder / f".status-{self.world.rank}.json"
         try:
-            beside.write_text(json.dumps({"state": state, "step": step, "message": message}))
-            beside.replace(self.folder / "status.json")
+            write_whole(self.folder / "status.json", json.dumps({"state": state, "step": step, "message": message}))
         except OSError as error:                   # a full disk must not hide what this is about
             print(f"status.json could not be written: {error}", file=sys.stderr)
 

@@ -102,8 +102,8 @@ def test_what_flags_change_in_a_config_is_echoed_as_overrides(empty, capsys):
 
 
 def test_an_unheard_of_instance_type_is_a_note_not_an_error(empty, capsys):
-    assert launched("--config=tiny", "--backend=local", "--dry_run", "--instance_type=c5.xlarge") == 0
-    assert "c5.xlarge is not in the table" in capsys.readouterr().out
+    assert launched("--config=tiny", "--backend=local", "--dry_run", "--instance_type=m5.xlarge") == 0
+    assert "m5.xlarge is not in the table" in capsys.readouterr().out
 
 
 def test_the_command_to_copy_leads_to_the_same_plan(empty, monkeypatch):
@@ -154,7 +154,7 @@ def make(path: str, kind: str) -> None:
     ("runs", "file", "Not a directory: runs/tiny/recipe.json. Nothing was started.\nA run needs a folder below runs/"),
     ("runs/tiny/recipe.json", "folder", "runs/tiny/recipe.json is not a recipe that this version reads: "),
     ("runs/tiny/lock", "folder", "Is a directory: runs/tiny/lock. Nothing was started.\n"),
-    ("runs/tiny/plan.txt", "folder", "Is a directory: runs/tiny/.plan.txt.partial. Nothing was started.\n"),
+    ("runs/tiny/plan.txt", "folder", "Is a directory: runs/tiny/plan.txt. Nothing was started.\n"),
     ("runs/tiny/logs/node-0.log", "folder", "Is a directory: runs/tiny/logs/node-0.log. Nothing was started.\n"),
 ])
 def test_a_folder_that_cannot_be_used_is_said_in_a_line(path, kind, message, empty, capsys):

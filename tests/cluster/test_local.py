@@ -233,15 +233,6 @@ def test_a_command_that_cannot_be_started_leaves_nothing_running(jobs):
     assert ended(jobs(ENDS)) == (0,)                                              # the lock is free
 
 
-def test_a_missing_checkpoint_is_noticed_before_the_plan(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
-        local.survey(wish(override(tiny, "recipe.init_from=runs/gone")))
-    with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
-        local.survey(wish(override(tiny, "recipe.init_from=runs/gone"), Standing("unfinished")))
-    (tmp_path / "runs" / "gone").mkdir(parents=True)
-    assert local.survey(wish(override(tiny, "recipe.init_from=runs/gone"))).cores >= 1
-
 
 def test_a_run_that_has_a_checkpoint_of_its_own_needs_none_to_start_from():
     warm = override(tiny, "recipe.init_from=runs/gone")

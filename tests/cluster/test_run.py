@@ -67,6 +67,19 @@ def test_the_same_recipe_goes_on_from_the_newest_whole_checkpoint(run_dir):
     assert str(standing(run_dir, tiny.recipe)) == "goes on from step 40"
 
 
+def test_missing_weights_to_start_from_are_noticed_until_there_is_a_checkpoint_to_go_on_from(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = override(tiny, "recipe.init_from=runs/gone").recipe
+    run_dir = Path("runs/x")
+    with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
+        standing(run_dir, recipe)
+    record(run_dir, recipe, "", "", (), tmp_path)
+    with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
+        standing(run_dir, recipe)
+    checkpoint(run_dir / "checkpoints/step-00000020", 20)
+    assert standing(run_dir, recipe).step == 20
+
+
 def test_a_checkpoint_fetched_without_the_memories_of_ranks_counts(run_dir):
     folder = run_dir / "checkpoints" / "step-00000020"
     checkpoint(folder, 20, ranks=16)
