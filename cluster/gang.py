@@ -5,6 +5,7 @@ their own deadline. docs/aws.md has what they carry.
 """
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -25,11 +26,16 @@ from cluster.local import CHECKOUT, free_port
 from cluster.plan import Node, Plan
 from cluster.remote import RemoteJob, board_port
 from cluster.run import Broken, Refused, Stopped
-from cluster.ssh import Host, Interrupted, Shell, Trouble
+from cluster.ssh import Host, Interrupted, Shell, SomeFailed, Trouble
 from engine.values import to_json
 
 COMING_S, READY_S = 600, 900                      # until machines run, and until they are ready, at most
+SHOWN_S = 30                                      # after a launch, until EC2 shows its machines to every question
 SPOT_MARGIN = 1.2                                 # a budget counts spot at this times its price now, and pays no more
+
+
+class Unfit(Broken):
+    """Machines came, and did not last until the training began: others may."""
 
 
 class Launch:
@@ -43,15 +49,13 @@ class Launch:
         self.cloud = facts.account.cloud
         self.terms, self.count = plan.terms, plan.config.machines.count
         self.group_name = f"txl-{facts.owner}-{plan.name}"
-        self.ours: list[Instance] = []            # what this launch itself has started
-        self.tokens: list[str] = []               # launches that may have started more
+        self.ours: list[str] = []                 # what this launch itself has started
+        self.found = 0                            # machines that were up already
         self.ready = False                        # machines are there and in order
 
     def carry_out(self) -> RemoteJob:
         try:
-            machines = self.adopted() or self.provisioned()
-            hosts = self.hosts(self.running(machines))
-            shells = self.reached(hosts)
+            shells, hosts = self.gang()
             if (job := self.attached(shells, hosts)) is not None:
                 return job
             return self.started(shells, hosts)
@@ -70,13 +74,36 @@ class Launch:
 
     # --- machines ---
 
+    def gang(self) -> tuple[list[Shell], list[Host]]:
+        """Machines in order: those that are up, else new ones, and others once more where those were not: it happens.
+
+        What is wrong with all of several machines is the image, the flags or the network here: that is not repeated.
+        """
+        if machines := self.adopted():
+            return self.prepared(machines)
+        try:
+            return self.prepared(self.provisioned())
+        except (Trouble, Unfit) as error:
+            if isinstance(error, SomeFailed) and len(error.errors) == error.total > 1:
+                raise
+            first = error
+        self.watch.say(f"{first}\nEnding {', '.join(self.ours)}, and once more with others.")
+        self.end_ours()
+        try:
+            return self.prepared(self.provisioned())
+        except (Refused, Broken, Trouble, CallFailed) as second:
+            raise Broken(f"{second}\nThat was the second attempt. The first: {first}") from second
+
+    def prepared(self, machines: list[Instance]) -> tuple[list[Shell], list[Host]]:
+        hosts = self.hosts(self.running(machines))
+        return self.reached(hosts), hosts
+
     def adopted(self) -> list[Instance]:
         """The machines of this name that are up already, those of a launcher that died after asking too."""
-        for intent in self.journal.unanswered():
-            found = self.cloud.instances(token=intent["token"])
-            self.journal.note("answer", token=intent["token"], ids=[x.id for x in found])
+        self.recovered()
         existing = self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner)
         refuse_others(self.wish, existing)
+        self.found = len(existing)
         if existing:
             self.watch.say(f"{len(existing)} machine(s) of {self.plan.name} are up already: taking these.")
             self.security_group(existing[0].tags)
@@ -100,15 +127,17 @@ class Launch:
             move = ladder.next_move(attempts, spot=plan.config.machines.spot, zones=facts.zones, now=time.time(),
                                     give_up_at=give_up_at, ondemand=ondemand, why_not=why_not)
             if isinstance(move, ladder.Wait):
-                self.watch.say(f"No capacity anywhere yet; again in {move.seconds:.0f} s.")
+                why = "AWS does not answer" if attempts[-1].verdict in ladder.AGAIN else "No capacity anywhere yet"
+                self.watch.say(f"{why}; again in {move.seconds:.0f} s.")
                 self.sleep(move.seconds)
                 continue
             if isinstance(move, ladder.GiveUp):
                 raise Refused(move.reason)
             rate, price_cap = self.rate_of(move.market, move.zone)
+            budget_s = self.budget_s(rate)
             limits = Limits(after_success_s=60 * self.terms.minutes_after_success,
                             after_failure_s=60 * self.terms.minutes_after_failure, max_s=max_s,
-                            budget_s=self.budget_s(rate))
+                            budget_s=budget_s)
             token = ec2.token(intent, move.market, move.zone, move.round)
             request = ec2.run_instances_request(
                 kind=facts.type, count=self.count, market=move.market, zone=move.zone,
@@ -117,24 +146,36 @@ class Launch:
                 tags=tags, token=token)
             if price_cap is not None:
                 request["InstanceMarketOptions"]["SpotOptions"]["MaxPrice"] = f"{price_cap:.4f}"
-            self.journal.note("intent", token=token, market=move.market, zone=move.zone, count=self.count)
-            self.tokens.append(token)
+            price = {"usd_per_hour": rate or 0.0, "until": min(expires, time.time() + (budget_s or max_s))}
+            self.journal.note("intent", token=token, market=move.market, zone=move.zone, count=self.count, **price)
             self.watch.say(f"Asking for {self.count} x {facts.type.name}, {ladder.NAMES[move.market]}, {move.zone}.")
             try:
-                self.ours = self.cloud.run_instances(request)
+                machines = self.cloud.run_instances(request)
             except CallFailed as error:
                 attempts.append(ladder.Attempt(move.market, move.zone, error.verdict, error.code, error.said,
                                                time.time()))
                 if error.verdict not in ladder.AGAIN:
                     self.journal.note("answer", token=token, ids=[])
-                    self.tokens.remove(token)
                 self.watch.say(f"  {error.code}")
                 continue
-            ids = [x.id for x in self.ours]
-            self.journal.note("answer", token=token, ids=ids)
-            self.journal.note("launched", ids=ids, usd_per_hour=rate or 0.0, until=expires, market=move.market)
-            self.tokens.remove(token)
-            return self.ours
+            self.ours = [x.id for x in machines]
+            self.journal.note("answer", token=token, ids=self.ours)
+            self.journal.note("launched", ids=self.ours, **price)
+            return machines
+
+    def recovered(self) -> list[str]:
+        """The machines of launches whose answer nobody heard. EC2 may show them only a while later."""
+        found: list[str] = []
+        for intent in self.journal.unanswered():
+            while not (ids := [x.id for x in self.cloud.instances(token=intent["token"])]) and \
+                    time.time() < intent["at"] + SHOWN_S:
+                time.sleep(1)
+            found += ids
+            with contextlib.suppress(OSError):    # a full disk here must not keep the machines from being ended
+                self.journal.note("answer", token=intent["token"], ids=ids)
+                if ids:
+                    self.journal.note("launched", ids=ids, **{x: intent[x] for x in ("at", "usd_per_hour", "until")})
+        return found
 
     def security_group(self, tags: Mapping[str, str]) -> str:
         """Of this cluster, open to where we are now."""
@@ -181,12 +222,12 @@ class Launch:
             seen = [x for x in self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner, alive=False)
                     if x.id in ids]
             if ended := [x for x in seen if x.state in ("shutting-down", "terminated", "stopping", "stopped")]:
-                raise Broken(f"{', '.join(x.id for x in ended)} ended before the training began (state "
-                             f"{ended[0].state}): a spot interruption, or a fault of EC2. Try again")
+                raise Unfit(f"{', '.join(x.id for x in ended)} ended before the training began (state "
+                             f"{ended[0].state}): a spot interruption, or a fault of EC2")
             if len(seen) == len(ids) and all(x.state == "running" and x.private for x in seen):
                 return sorted(seen, key=lambda x: x.node)
             if time.monotonic() > deadline:
-                raise Broken(f"After {COMING_S // 60} minutes not all machines run: "
+                raise Unfit(f"After {COMING_S // 60} minutes not all machines run: "
                              + ", ".join(f"{x.id} {x.state}" for x in seen))
             self.sleep(wait)
             wait = min(2 * wait, 5)
@@ -343,33 +384,43 @@ class Launch:
     def roll_back(self) -> str:
         """Ends what this launch has started. Returns what is to say about it."""
         try:
-            ids = [x.id for x in self.ours]
-            for token in self.tokens:             # asked for, and no answer came
-                ids += [x.id for x in self.cloud.instances(token=token)]
-            if not ids:
-                self.tidy(0)
-                return "Nothing of this launch is left."
-            self.cloud.terminate(ids)
-            self.journal.note("gone", ids=ids)
-            self.tidy(5)
-            return f"The {len(ids)} machine(s) of this launch are terminated."
+            ended = self.end_ours()
+            left = self.tidied(5 if ended else 0)
         except CallFailed as error:
-            return (f"{error}\nSo what this launch has started may still be there; each machine powers itself off "
-                    f"within 20 minutes. To end them:  python -m cluster kill {self.plan.name}")
+            who = ", ".join(self.ours) or "what was asked for"
+            return (f"{error.action}: {error.code}. So {who} may still run; each machine powers itself off within 20 "
+                    f"minutes. To end them:  python -m cluster kill {self.plan.name}")
+        said = f"The {ended} machine(s) of this launch are terminated." if ended else (
+            f"The {self.found} machine(s) that were up already stay. To end them:  python -m cluster kill "
+            f"{self.plan.name}" if self.found else "Nothing of this launch is left.")
+        return said + (f"\nStill in use: {', '.join(left)}. In some minutes:  python -m cluster gc" if left else "")
 
-    def tidy(self, wait_s: float) -> None:
-        """Groups and addresses: free as soon as the machines are really gone, else swept by the next launch or gc."""
+    def end_ours(self) -> int:
+        """Ends what this launch has started, and returns how many. What EC2 does not know yet is asked for again."""
+        self.ours = ours = list(dict.fromkeys([*self.ours, *self.recovered()]))
+        for pause_s in (0, *ec2.VISIBLE_S):
+            time.sleep(pause_s)
+            self.ours = self.cloud.terminate(self.ours)
+            if not self.ours:
+                with contextlib.suppress(OSError):
+                    self.journal.note("gone", ids=ours)
+                return len(ours)
+        raise CallFailed("TerminateInstances", "NotFound", "EC2 does not know its own machines", "missing")
+
+    def tidied(self, wait_s: float) -> list[str]:
+        """Takes away groups and addresses, which can go once the machines are really gone. Returns what is left."""
         deadline = time.monotonic() + wait_s
         while not self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner):
-            busy = False
+            left = []
             for thing in self.cloud.leftovers(owner=self.facts.owner, cluster=self.plan.name):
                 try:
                     self.cloud.remove(thing)
-                except CallFailed as error:
-                    busy |= error.verdict == "busy"
-            if not busy or time.monotonic() > deadline:
-                return
+                except CallFailed:
+                    left.append(f"{thing.what} {thing.id}")
+            if not left or time.monotonic() > deadline:
+                return left
             time.sleep(.5)
+        return []
 
     # --- small things ---
 
