@@ -124,16 +124,18 @@ class Job:
 
     def follow(self) -> int:
         """Until the command has ended: the exit status as subprocess gives it."""
-        waited = (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT)
-        signal.pthread_sigmask(signal.SIG_BLOCK, (*waited, signal.SIGHUP))
-        while (status := self.command.poll()) is None:
+        for sign in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(sign, lambda *_: self.command.terminate())
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
+        while self.command.poll() is None:
             self.keep_tensorboard()
-            got = signal.sigtimedwait(waited, BEAT_S)
-            if got and got.si_signo != signal.SIGCHLD:
-                self.command.terminate()
+            # Not by sigtimedwait: interrupted until its time is over, it returns a signal that never came (Python 3.11)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.command.wait(BEAT_S)
             if (self.run_dir / "nodes" / f"{self.node}.kill").exists():
                 self.kill()
             self.beat()
+        status = self.command.returncode
         self.kill()                               # TensorBoard, and the ranks of a torchrun that was killed itself
         self.beat(status)
         return status
