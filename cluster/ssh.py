@@ -28,6 +28,7 @@ T = TypeVar("T")
 POLL_S = 0.1                                      # how soon an interruption is noticed
 STALLED_S = 120                                   # rsync gives up when nothing moved for so long
 COPY_S = 6 * 3600                                 # and in any case after this
+END_S = 2                                         # for a program to end in its own way
 NAME = attrgetter("name")                        # of a shell, for each()
 OF_RSYNC = re.compile(r"^rsync(:| error:| warning:).*\n?", re.M)
 
@@ -256,7 +257,7 @@ def forward(config: Path, name: str, local_port: int, remote_port: int, timeout_
         ready, _, _ = select.select([tunnel.stdout], [], [], timeout_s)
         if ready and tunnel.stdout.readline():    # the port is open before the command is run
             return tunnel
-        _kill(tunnel)
+        end(tunnel)
         raise _unreachable(name, _text(err) or f"no answer in {timeout_s:g} s")
 
 
@@ -287,14 +288,17 @@ def run_here(words: Sequence[str], name: str, what: str, timeout_s: float, inter
                     raise TimedOut(name, f"no end after {timeout_s:g} s of: {what}" + (f"\nIts last words: {said}"
                                                                                       if said else ""))
         finally:
-            _kill(process)
+            end(process)
 
 
-def _kill(process: subprocess.Popen) -> None:
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def end(process: subprocess.Popen) -> None:
+    """With its group: by SIGTERM, at which rsync keeps what it has got of a file, and soon by SIGKILL."""
+    for sign in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, sign)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(END_S if sign == signal.SIGTERM else None)
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             pipe.close()

@@ -227,6 +227,19 @@ def test_an_interrupted_copy_ends_at_once(one, tmp_path):
     assert time.monotonic() - began < 3
 
 
+def test_an_interrupted_copy_from_there_keeps_what_has_come_and_leaves_nothing_else(one, tmp_path):
+    (one[0].home / "big").write_bytes(os.urandom(3_000_000))
+    here = tmp_path / "here"
+    here.mkdir()
+    with pytest.raises(Interrupted):
+        one.shells[0].get("big", here, "--bwlimit=2000",
+                          interrupted=lambda: any(path.stat().st_size > 1_000_000 for path in here.glob(".big.*")))
+    until(lambda: [path.name for path in here.iterdir()] == [".rsync-part"])
+    stats = one.shells[0].get("big", here, "--stats")
+    assert 0 < int(re.search(r"Literal data: ([\d,]+)", stats)[1].replace(",", "")) < 2_500_000
+    assert (here / "big").read_bytes() == (one[0].home / "big").read_bytes()
+
+
 def test_names_go_both_ways_as_they_are(trio, tmp_path):
     names = {"a b", "it's", 'a "b"', "a\nb", "$HOME", "-n", "x:y", "*", "\u00e9"}
     (tmp_path / "here").mkdir()
