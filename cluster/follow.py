@@ -174,7 +174,7 @@ class Screen:
         try:
             self._out.write(text)
             self._out.flush()
-        except BrokenPipeError:                   # of `| tee log`, which Ctrl-C ends first: the run still wants its end
+        except OSError:                           # `| tee log`, which Ctrl-C ends first, a closed terminal: it goes on
             os.dup2(os.open(os.devnull, os.O_WRONLY), self._out.fileno())
 
 

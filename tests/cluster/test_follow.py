@@ -209,9 +209,10 @@ def test_on_a_terminal_progress_takes_the_place_of_the_line_before(monkeypatch):
     assert out.getvalue() == "start\n\r\x1b[2Kstep 1/3 | \r\x1b[2Kstep 2/3\nvalid\n\r\x1b[2Kstep 3/3\nend\n"
 
 
-def test_a_screen_that_is_gone_does_not_end_the_following():
-    """Ctrl-C on `launch.py | tee log` ends tee too, and the run must still be asked to stop."""
-    reader, writer = os.pipe()
+@pytest.mark.parametrize("pair", [os.pipe, os.openpty])
+def test_a_screen_that_is_gone_does_not_end_the_following(pair):
+    """Ctrl-C on `launch.py | tee log` ends tee too, and the run must still be asked to stop. Or a terminal is closed."""
+    reader, writer = pair()
     os.close(reader)
     job = FakeJob(interrupt, nothing, status("stopped", 1))
     with os.fdopen(writer, "w") as screen, Follower(PLAN, screen) as follower:
