@@ -22,7 +22,7 @@ from cluster.backends import Watch, Wish
 from cluster.boot import Limits, user_data
 from cluster.ec2 import CallFailed, Instance
 from cluster.journal import Journal, home
-from cluster.local import CHECKOUT, free_port
+from cluster.local import CHECKOUT
 from cluster.plan import Node, Plan
 from cluster.remote import RemoteJob, board_port
 from cluster.run import Broken, Refused, Stopped
@@ -308,10 +308,7 @@ class Launch:
             reach.start(shells, plan.run_dir.as_posix(), launches,
                         {recipe_path.as_posix(): json.dumps(to_json(plan.config.recipe), indent=1) + "\n"},
                         interrupted=interrupted)
-        job = self.job(shells, launch)
-        if plan.tensorboard:
-            self.tunnel(shells[0])
-        return job
+        return self.job(shells, launch)
 
     def launch_of(self, launch: str, node: Node, host: Host, first: Host, python: str) -> dict[str, Any]:
         board = [python, "-m", "tensorboard.main", f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
@@ -319,14 +316,6 @@ class Launch:
         command = node_command(self.plan, node.rank, node.ranks, python, first.private)
         return {"launch": launch, "command": list(command), "env": node.env, "private": host.private,
                 "tensorboard": board if self.plan.tensorboard and node.rank == 0 else None}
-
-    def tunnel(self, shell: Shell) -> None:
-        port = free_port()
-        try:
-            ssh.forward(shell.config, shell.name, port, board_port(self.plan.name))
-            self.watch.say(f"TensorBoard: http://127.0.0.1:{port}")
-        except Trouble as error:
-            self.watch.say(f"No tunnel to TensorBoard: {error}")
 
     def bring_inputs(self, shells: list[Shell], python: str) -> None:
         """Data, weights to start from, and the checkpoint to go on from where the machines have none."""
@@ -353,12 +342,14 @@ class Launch:
 
     def job(self, shells: list[Shell], launch: str) -> RemoteJob:
         self.ours = []                            # from here on they are the run's
-        return RemoteJob(self.plan.run_dir, shells, launch, self.watch, self.gone, self.bye)
+        return RemoteJob(self.plan.run_dir, shells, launch, self.watch, self.gone, self.bye,
+                         tensorboard=self.plan.tensorboard)
 
     def gone(self, nodes: list[int]) -> dict[int, str]:
-        there = {x.node: x for x in self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner)}
-        return {i: "its machine is gone: a spot interruption, its deadline, or somebody's kill" for i in nodes
-                if i not in there}
+        there = {x.node: x.state for x in self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner)}
+        return {i: f"its machine is {there[i]}" if i in there else
+                "its machine is gone: a spot interruption, its deadline, or somebody's kill"
+                for i in nodes if there.get(i) not in ("pending", "running")}
 
     def bye(self) -> None:
         """What it has cost by now, and when the machines go."""

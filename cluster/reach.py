@@ -144,7 +144,7 @@ def start(shells: Sequence[Shell], run_dir: str, launches: Sequence[Mapping], fi
         each(range(len(shells)), step, name=lambda i: shells[i].name)
 
 
-def fetch(shell: Shell, remote_run: str, local: Path, *, models: bool = False,
+def fetch(shell: Shell, remote_run: str, local: Path, *, models: bool = False, without: Sequence[str] = (),
           interrupted: Callable[[], bool] = never) -> None:
     """The run's folder there (below the home) into `local`, without what the launcher has written or alone may read.
 
@@ -152,7 +152,7 @@ def fetch(shell: Shell, remote_run: str, local: Path, *, models: bool = False,
     """
     local.mkdir(parents=True, exist_ok=True)
     ours = ("lock", "stop", "recipe.json", "plan.txt", "command.txt", "commit.txt", "nodes/*.launch.json",
-            "nodes/*.lock", "nodes/*.kill")
+            "nodes/*.lock", "nodes/*.kill", *without)
     shell.get(f"{remote_run}/", f"{local}/", *(f"--exclude=/{name}" for name in ours), "--exclude=.*.partial",
               *([] if models else ["--exclude=*.pt"]), interrupted=interrupted)
 

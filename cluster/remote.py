@@ -7,18 +7,23 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cluster import reach
+from cluster import reach, ssh
 from cluster.backends import Watch
-from cluster.ssh import Shell, Trouble, each
+from cluster.local import free_port
+from cluster.run import Broken
+from cluster.ssh import Interrupted, Shell, SomeFailed, Trouble, each
 
 FETCH_S, FETCH_OTHERS_S = 1.0, 5.0                # between two looks at node 0, whose log is shown, and at the others
 MODELS_S = 1800                                   # between two fetches of checkpoints while it trains
-SILENT_S = 20                                     # without a machine's answer, until the cloud is asked about it
+SILENT_S = 20                                     # without a sign of a machine or its supervisor, until one asks why
+ASK_S = 5                                         # between two askings, and two tries at a tunnel
 GRACE_S = 15                                      # between a node's failure and ending the others
-LOST = 255                                        # the exit status of a node whose machine is gone
+END_S = 15                                        # for a machine to be told to end
+LOST = 255                                        # the exit status of a node of which nothing is left
 
 
 class RemoteJob:
@@ -29,22 +34,28 @@ class RemoteJob:
 
     def __init__(self, run_dir: Path, shells: Sequence[Shell], launch: str, watch: Watch,
                  gone: Callable[[list[int]], dict[int, str]] = lambda nodes: {},
-                 bye: Callable[[], None] = lambda: None):
+                 bye: Callable[[], None] = lambda: None, *, tensorboard: bool = False):
         self.run_dir, self.shells, self.launch, self._watch = run_dir, shells, launch, watch
         self._remote = f"txl/{run_dir.as_posix()}"
         self._gone, self._bye = gone, bye
+        self._nodes, now = range(len(shells)), time.monotonic()
         self._lost: dict[int, str] = {}
-        self._heard = dict.fromkeys(range(len(shells)), time.monotonic())
+        self._heard, self._beaten = dict.fromkeys(self._nodes, now), dict.fromkeys(self._nodes, now)
+        self._beats: dict[int, int] = {}
+        self._why: dict[int, Trouble] = {}        # what the last look at a node met with
+        self._silent: set[int] = set()            # nodes whose silence was told
         self._kill_at: float | None = None        # set when a node failed: when the others are ended
         self._told: set[int] = set()
         self._over = threading.Event()
-        self._fetching = threading.Lock()
-        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._follow, self._fetch_models)]
+        works: list[Callable[[], None]] = [*(partial(self._follow, i) for i in self._nodes), self._ask,
+                                           self._fetch_models, *([self._keep_tunnel] if tensorboard else [])]
+        self._threads = [threading.Thread(target=work, daemon=True) for work in works]
         for thread in self._threads:
             thread.start()
 
     def poll(self) -> tuple[int, ...] | None:
-        statuses = [LOST if i in self._lost else self._status(i) for i in range(len(self.shells))]
+        self._tell_of_silence()
+        statuses = self._statuses()
         for i, status in enumerate(statuses):
             if status is not None and i not in self._told:
                 self._told.add(i)
@@ -58,78 +69,169 @@ class RemoteJob:
             self._kill_at = self._kill_at or now + GRACE_S
             if now > self._kill_at:
                 self._kill_at = now + GRACE_S
-                self._end([i for i, status in enumerate(statuses) if status is None])
+                self._end()
         return None
 
     def stop(self) -> None:
         try:
-            self.shells[0].run(f"touch {self._remote}/stop")
+            self.shells[0].run(f"touch {self._remote}/stop", timeout_s=END_S)
         except Trouble as error:
             raise OSError(str(error)) from error
 
     def kill(self) -> None:
-        self._end([i for i in range(len(self.shells)) if i not in self._lost and self._status(i) is None])
+        """What cannot be told is given up: whoever wants this wants it now."""
+        for i, error in self._end().items():
+            self._lost[i] = f"it could not be told to end, and may go on: {error.reason}"
 
     def close(self) -> None:
-        """Fetch what the training has left, checkpoints too; the machines stay on meanwhile."""
+        """Fetch what the training has left, checkpoints too; the machines stay on meanwhile.
+
+        Raises Broken where a training that ended well is not here as a whole.
+        """
         self._over.set()
-        here = [shell for i, shell in enumerate(self.shells) if i not in self._lost]
-        if 0 not in self._lost:
-            self._watch.say("Fetching the run's folder, with its newest checkpoints.")
-            try:
-                with reach.holding(here):
-                    self._look(range(len(self.shells)))
-                    reach.fetch(self.shells[0], self._remote, self.run_dir, models=True)
-                self.shells[0].run(f"rm -f {self._remote}/stop")      # an unheard request to stop
-            except Trouble as error:
-                self._watch.say(f"Not all of it could be fetched: {error}. The same command again goes on with that.")
+        for thread in self._threads:
+            thread.join(END_S)
+        here = [i for i in self._nodes if i not in self._lost]
+        self._watch.say("Fetching the run's folder, with its newest checkpoints.")
+        failed: Exception | None = None
+        try:
+            with reach.holding([self.shells[i] for i in here]):
+                each(here, self._fetch_last, name=_name)
+        except (Trouble, OSError) as error:
+            failed = error
         self._bye()
-        for shell in here:
-            shell.close()
+        for i in here:
+            self.shells[i].close()
+        if failed is not None:
+            what = f"Not all of the run's folder could be fetched: {failed}\nThe same command again goes on with that."
+            if not any(self._statuses()):
+                raise Broken(f"The training has ended. {what}") from failed
+            self._watch.say(what)
 
     def machines(self) -> str:
         now = time.monotonic()
-        silent = [f"node-{i}" for i, heard in self._heard.items() if now - heard > SILENT_S / 4 and i not in self._told]
+        silent = [_name(i) for i, heard in self._heard.items() if now - heard > SILENT_S / 2 and i not in self._told]
         return f"no answer from {', '.join(silent)}" if silent else f"{len(self.shells) - len(self._told)} up"
 
-    def _status(self, node: int) -> int | None:
-        said = read_node(self.run_dir / "nodes" / f"{node}.json")
-        return said.get("status") if said.get("launch") == self.launch and said.get("state") == "ended" else None
+    def _statuses(self) -> list[int | None]:
+        return [LOST if i in self._lost else self._status(i) for i in self._nodes]
 
-    def _follow(self) -> None:
-        others_at = 0.0
-        while not self._over.wait(FETCH_S):
+    def _status(self, node: int) -> int | None:
+        said = self._said(node)
+        return said.get("status") if said.get("state") == "ended" else None
+
+    def _said(self, node: int) -> dict[str, Any]:
+        said = read_node(self.run_dir / "nodes" / f"{node}.json")
+        return said if said.get("launch") == self.launch else {}
+
+    def _follow(self, node: int) -> None:
+        while not self._over.wait(FETCH_OTHERS_S if node else FETCH_S) and node not in self._lost:
+            try:
+                self._look(node, self._over.is_set)
+            except Interrupted:
+                return
+            except Trouble as error:
+                self._why[node] = error
+            except OSError as error:              # no room here, say: that may pass
+                self._why[node] = Trouble("this machine", str(error))
+
+    def _look(self, node: int, interrupted: Callable[[], bool] = ssh.never) -> None:
+        if node == 0:                             # what the run has come to is believed once its models are here
+            reach.fetch(self.shells[0], self._remote, self.run_dir, without=("status.json",), interrupted=interrupted)
+        else:                                     # of the others only what node 0 has none of
+            self.shells[node].get(f"{self._remote}/", f"{self.run_dir}/", "--include=/logs/***", "--include=/nodes/",
+                                  f"--include=/nodes/{node}.json", "--exclude=*", timeout_s=60, interrupted=interrupted)
+        self._heard[node] = time.monotonic()
+        self._why.pop(node, None)
+        beat = self._said(node).get("beat")
+        if beat is not None and beat != self._beats.get(node):
+            self._beats[node], self._beaten[node] = beat, time.monotonic()
+
+    def _fetch_last(self, node: int) -> None:
+        self._look(node)
+        if node == 0:
+            reach.fetch(self.shells[0], self._remote, self.run_dir, models=True, without=("status.json",))
+            self.shells[0].get(f"{self._remote}/", f"{self.run_dir}/", "--include=/status.json", "--exclude=*")
+            self.shells[0].run(f"rm -f {self._remote}/stop")          # an unheard request to stop
+
+    def _ask(self) -> None:
+        """After machines that have been silent, and after supervisors that no longer beat."""
+        while not self._over.wait(ASK_S):
             now = time.monotonic()
-            due = now >= others_at
-            others_at = now + FETCH_OTHERS_S if due else others_at
-            self._look(range(len(self.shells)) if due else [0])
-            silent = [i for i, heard in self._heard.items() if now - heard > SILENT_S and i not in self._lost]
-            if silent and due:
+            nodes = [i for i, status in enumerate(self._statuses()) if status is None]
+            if silent := [i for i in nodes if now - self._heard[i] > SILENT_S]:
                 with contextlib.suppress(Exception):              # no network: nothing is known, and nothing is lost
                     self._lost |= self._gone(silent)
+            for i in nodes:
+                if i not in silent and now - self._beaten[i] > SILENT_S:
+                    with contextlib.suppress(Trouble, OSError):
+                        self._lost |= self._abandoned(i)
 
-    def _look(self, nodes: Sequence[int]) -> None:
-        def look(i: int) -> None:
-            with contextlib.suppress(Trouble):
-                if i == 0:
-                    with self._fetching:
-                        reach.fetch(self.shells[0], self._remote, self.run_dir)
-                else:                             # of the others only what node 0 has none of
-                    self.shells[i].get(f"{self._remote}/", f"{self.run_dir}/", "--include=/logs/***",
-                                       "--include=/nodes/", f"--include=/nodes/{i}.json", "--exclude=*", timeout_s=60)
-                self._heard[i] = time.monotonic()
-        each([i for i in nodes if i not in self._lost], look, name=lambda i: f"node-{i}")
+    def _abandoned(self, node: int) -> dict[int, str]:
+        """Why nobody works for this launch there any more; {} where somebody does, or it has just ended."""
+        lock = f"{self._remote}/nodes/{node}.lock"
+        holder = self.shells[node].run(f"flock -n {lock} true || cat {lock}").out.strip()
+        if holder == self.launch:
+            return {}
+        self._look(node)                          # a supervisor tells of the end before it lets go
+        if self._status(node) is not None:
+            return {}
+        return {node: f"launch {holder} has taken its place" if holder else
+                "nothing of it runs any more: the machine was started anew, or somebody killed it there"}
+
+    def _tell_of_silence(self) -> None:
+        now = time.monotonic()
+        silent = {i: error for i, error in list(self._why.items())
+                  if now - self._heard[i] > SILENT_S and i not in self._told}
+        if new := {_name(i): error for i, error in silent.items() if i not in self._silent}:
+            self._watch.say(f"Nothing for {SILENT_S} s from {SomeFailed(new, len(self.shells))}")
+        if back := [_name(i) for i in sorted(self._silent - silent.keys() - self._told)]:
+            self._watch.say(f"{', '.join(back)} answers again.")
+        self._silent = set(silent)
 
     def _fetch_models(self) -> None:
         while not self._over.wait(MODELS_S):
-            with contextlib.suppress(Trouble):
-                reach.fetch(self.shells[0], self._remote, self.run_dir, models=True, interrupted=self._over.is_set)
+            try:
+                reach.fetch(self.shells[0], self._remote, self.run_dir, models=True, without=("status.json",),
+                            interrupted=self._over.is_set)
+            except Interrupted:
+                return
+            except (Trouble, OSError) as error:
+                self._watch.say(f"The newest checkpoints could not be fetched: {error}")
 
-    def _end(self, nodes: Sequence[int]) -> None:
-        def end(i: int) -> None:
-            with contextlib.suppress(Trouble):    # it may be gone; its watchdog is not
-                self.shells[i].run(f"touch {self._remote}/nodes/{i}.kill")
-        each(nodes, end, name=lambda i: f"node-{i}")
+    def _keep_tunnel(self) -> None:
+        """TensorBoard at one address here, for as long as this follows; opened again when it breaks."""
+        port, first, told = free_port(), self.shells[0], False
+        while not self._over.is_set():
+            try:
+                tunnel = ssh.forward(first.config, first.name, port, board_port(self.run_dir.name))
+            except Trouble as error:
+                reason = error.reason
+            else:
+                self._watch.say(f"TensorBoard: http://127.0.0.1:{port}")
+                told = False
+                while tunnel.poll() is None and not self._over.wait(ssh.POLL_S):
+                    pass
+                ssh.end(tunnel)
+                reason = "the tunnel broke"
+            if not told and not self._over.wait(ASK_S):
+                self._watch.say(f"TensorBoard is out of reach for now: {reason}")
+            told = True
+
+    def _end(self) -> dict[int, Trouble]:
+        """Tell all that has not ended to; what of it cannot be told."""
+        def end(i: int) -> Trouble | None:
+            try:
+                self.shells[i].run(f"touch {self._remote}/nodes/{i}.kill", timeout_s=END_S)
+                return None
+            except Trouble as error:
+                return error
+        nodes = [i for i, status in enumerate(self._statuses()) if status is None]
+        return {i: error for i, error in zip(nodes, each(nodes, end, name=_name)) if error}
+
+
+def _name(node: int) -> str:
+    return f"node-{node}"
 
 
 def board_port(run: str) -> int:

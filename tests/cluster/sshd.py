@@ -103,11 +103,27 @@ class Machine:
 
     def cut(self) -> None:
         """Every connection, as when the network goes; what runs here finds out by itself."""
+        self._signal(signal.SIGKILL)
+
+    @contextlib.contextmanager
+    def mute(self) -> Iterator[None]:
+        """It takes connections, and says nothing on any."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+        self._signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self._signal(signal.SIGCONT)
+            self.process.send_signal(signal.SIGCONT)
+
+    def _signal(self, sign: int) -> None:
+        """To what serves a connection."""
         assert self.process is not None
         for pid in _descendants(self.process.pid):
             with contextlib.suppress(OSError):
                 if Path(f"/proc/{pid}/comm").read_text().startswith("sshd"):
-                    os.kill(pid, signal.SIGKILL)
+                    os.kill(pid, sign)
 
     def stop(self) -> None:
         """The daemon and every connection with what runs in it, as when a machine's power goes."""
