@@ -211,7 +211,7 @@ def test_on_a_terminal_progress_takes_the_place_of_the_line_before(monkeypatch):
 
 @pytest.mark.parametrize("pair", [os.pipe, os.openpty])
 def test_a_screen_that_is_gone_does_not_end_the_following(pair):
-    """Ctrl-C on `launch.py | tee log` ends tee too, and the run must still be asked to stop. Or a terminal is closed."""
+    """Ctrl-C on `launch.py | tee log` ends tee too: the run must still be asked to stop; or a terminal is closed."""
     reader, writer = pair()
     os.close(reader)
     job = FakeJob(interrupt, nothing, status("stopped", 1))
