@@ -112,8 +112,8 @@ def environment(facts: Facts, count: int, ranks: int) -> dict[str, str]:
 
 
 def uses_efa(facts: Facts, count: int) -> bool:
-    """Whether NCCL goes over EFA: it has the cards for it, and the stack the software."""
-    return count > 1 and facts.type.efa > 0 and bool(facts.stack.env)
+    """Whether NCCL goes over EFA: where there are cards for it, and somebody to talk to."""
+    return count > 1 and facts.type.efa > 0 and facts.type.gpus > 0
 
 
 def refuse_others(wish: Wish, existing: Sequence[Instance]) -> None:

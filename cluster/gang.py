@@ -27,6 +27,7 @@ from cluster.plan import Node, Plan
 from cluster.remote import RemoteJob, board_port
 from cluster.run import Broken, Refused, Stopped
 from cluster.ssh import Host, Interrupted, Shell, SomeFailed, Trouble
+from cluster.stacks import installation
 from engine.values import to_json
 
 COMING_S, READY_S = 600, 900                      # until machines run, and until they are ready, at most
@@ -250,9 +251,11 @@ class Launch:
         shells = [Shell(config, host.name, host) for host in hosts]
         self.watch.say(f"{len(shells)} machine(s) run. Waiting until they are ready:  ssh -F {config} node-0")
         needs = ready.Needs(self.facts.type.gpus, uses_efa(self.facts, self.count), 10, None)
-        if self.facts.stack.packages and not self.terms.skip_setup:
-            self.await_ready(shells, replace(needs, gpus=0))
-            self.install_driver(shells)
+        script = "" if self.terms.skip_setup else installation(self.facts.stack, needs.efa)
+        if script:
+            self.await_ready(shells, replace(needs, gpus=0, efa=False))
+            self.watch.say("Installing what the image lacks: minutes.")
+            self.install(shells, script)
         self.await_ready(shells, needs)
         self.ready = True
         return shells
@@ -260,11 +263,7 @@ class Launch:
     def await_ready(self, shells: list[Shell], needs: ready.Needs) -> None:
         ready.wait_ready(shells, needs, deadline_s=READY_S, say=self.watch.say, interrupted=self.watch.interrupted)
 
-    def install_driver(self, shells: list[Shell]) -> None:
-        """Where the image has none. On each machine: a kernel's module cannot be copied as an environment can."""
-        apt = "sudo -n env DEBIAN_FRONTEND=noninteractive apt-get -q -y"
-        script = (f"nvidia-smi -L > /dev/null 2>&1 || {{ {apt} update && {apt} install "
-                  f"{shlex.join(self.facts.stack.packages)} && sudo -n modprobe nvidia; }}")
+    def install(self, shells: list[Shell], script: str) -> None:
         with reach.holding(shells):
             ssh.each(shells, lambda shell: shell.run(script, timeout_s=READY_S, tied=True,
                                                      interrupted=self.watch.interrupted), name=lambda shell: shell.name)
