@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster import verbs, verbs_ssh
+from cluster import verbs, verbs_mosh, verbs_ssh, verbs_sync
 from cluster.ec2 import CallFailed
 from cluster.follow import FAILED, FINISHED, STOPPED
 from cluster.run import Refused, why
@@ -49,10 +49,15 @@ VERBS = {
     "status": Verb("RUN", "how supervisors and training are, and when machines end", verbs_ssh.To, verbs_ssh.status),
     "logs": Verb("RUN", "a rank's log; -f follows it", verbs_ssh.Logs, verbs_ssh.logs),
     "ssh": Verb("[RUN] [COMMAND...]", "a terminal on a machine, or a command there", verbs_ssh.ToOne, verbs_ssh.ssh),
+    "mosh": Verb("[RUN]", "a terminal that survives a bad network, on a machine that has mosh", verbs_mosh.Moshing,
+                 verbs_mosh.mosh),
     "cmd": Verb("RUN COMMAND...", "a command on one machine, or on all", verbs_ssh.ToSome, verbs_ssh.cmd),
     "cat": Verb("RUN FILE", "a file of a machine, below the login's home", verbs_ssh.ToOne, verbs_ssh.cat),
     "put": Verb("RUN HERE THERE", "copy to a machine", verbs_ssh.ToOne, verbs_ssh.put),
     "get": Verb("RUN THERE HERE", "copy from a machine", verbs_ssh.ToOne, verbs_ssh.get),
+    "sync": Verb("RUN [HERE] [THERE]", "this checkout's code, or a folder, to all machines of a run",
+                 verbs_sync.Syncing, verbs_sync.sync),
+    "nano": Verb("RUN FILE", "edit a file of a machine with an editor that is there", verbs_ssh.ToOne, verbs_ssh.nano),
     "attach": Verb("RUN", "tmux on a machine, with its log; Ctrl-B D leaves it", verbs_ssh.ToOne, verbs_ssh.attach),
     "tensorboard": Verb("[RUN]", "the run's TensorBoard, until Ctrl-C", verbs_ssh.To, verbs_ssh.tensorboard),
     "kill": Verb("RUN", "end all machines of all clusters of such a name", verbs.Ending, verbs.kill),
@@ -113,7 +118,7 @@ def split(verb: Verb, rest: list[str]) -> tuple[list[str], list[str]]:
 
 
 def list_verbs() -> str:
-    lines = [f"  {name + ' ' + verb.takes:<26} {verb.about}" for name, verb in VERBS.items()]
+    lines = [f"  {name + ' ' + verb.takes:<24} {verb.about}" for name, verb in VERBS.items()]
     return "\n".join([(__doc__ or "").strip(), "", "Verbs; each has its flags under VERB --help:", *lines])
 
 

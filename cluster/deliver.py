@@ -110,16 +110,41 @@ class Contents(NamedTuple):
 def send_code(shells: Sequence[Shell], checkout: Path, *, say: Callable[[str], None] = print,
               interrupted: Callable[[], bool] = never) -> None:
     """The checkout, without what .gitignore names, is ~/txl on every machine; runs/, data/ and venv/ there stay."""
-    _deliver(shells, Parcel(f"{checkout.absolute()}/", checkout, HOME, CODE), say, interrupted)
+    bring(shells, code(checkout), say, interrupted)
 
 
 def send(shells: Sequence[Shell], local: Path, remote: str, *, say: Callable[[str], None] = print,
          interrupted: Callable[[], bool] = never) -> None:
     """A file, or what is in a folder, into the folder `remote` (below the home) of every machine."""
+    bring(shells, goods(local, remote), say, interrupted)
+
+
+def code(checkout: Path) -> Parcel:
+    return Parcel(f"{checkout.absolute()}/", checkout, HOME, CODE)
+
+
+def goods(local: Path, remote: str) -> Parcel:
     local = local.absolute()                      # in a relative path rsync may take a colon for a machine's name
-    parcel = Parcel(f"{local}/", local, remote, DATA) if local.is_dir() else (
+    return Parcel(f"{local}/", local, remote, DATA) if local.is_dir() else (
         Parcel(str(local), local.parent, remote, DATA, local.name))
-    _deliver(shells, parcel, say, interrupted)
+
+
+def bring(shells: Sequence[Shell], parcel: Parcel, say: Callable[[str], None] = print,
+          interrupted: Callable[[], bool] = never) -> None:
+    """To node 0, from there to the others, and compared on all with what is here; once more where that differs."""
+    make = f"mkdir -p {shlex.quote(parcel.target)}"
+    each(shells, lambda shell: shell.run(make, interrupted=interrupted), name=NAME)
+    introduce(shells, interrupted)
+    before, wrong = _deliver_once(shells, parcel, say, interrupted)
+    if wrong:
+        say(f"{SomeFailed(wrong, len(shells))}. Sending them again")
+        parcel = replace(parcel, options=(*parcel.options, "--checksum"))     # looks into files that seem the same
+        before, wrong = _deliver_once(shells, parcel, say, interrupted)
+    if wrong and before != _contents_here(parcel, interrupted):
+        raise Trouble("this machine", f"files in {parcel.root} change while they are sent, twice by now. Try "
+                                      f"again when they do not") from SomeFailed(wrong, len(shells))
+    if wrong:
+        raise SomeFailed(wrong, len(shells))
 
 
 def files_sent(parcel: Parcel, interrupted: Callable[[], bool] = never) -> list[str]:
@@ -192,24 +217,6 @@ def fan_out(shells: Sequence[Shell], source: str, target: str, options: Sequence
 def write(shell: Shell, files: Mapping[str, str], interrupted: Callable[[], bool] = never) -> None:
     """{path: text} below the home: whole or not at all, mode 0600, by standard input, as a text may be a secret."""
     shell.run(f"python3 -c {shlex.quote(WRITE)}", input=json.dumps(files), interrupted=interrupted)
-
-
-def _deliver(shells: Sequence[Shell], parcel: Parcel, say: Callable[[str], None],
-             interrupted: Callable[[], bool]) -> None:
-    """To node 0, from there to the others, and compared on all with what is here; once more where that differs."""
-    make = f"mkdir -p {shlex.quote(parcel.target)}"
-    each(shells, lambda shell: shell.run(make, interrupted=interrupted), name=NAME)
-    introduce(shells, interrupted)
-    before, wrong = _deliver_once(shells, parcel, say, interrupted)
-    if wrong:
-        say(f"{SomeFailed(wrong, len(shells))}. Sending them again")
-        parcel = replace(parcel, options=(*parcel.options, "--checksum"))     # looks into files that seem the same
-        before, wrong = _deliver_once(shells, parcel, say, interrupted)
-    if wrong and before != _contents_here(parcel, interrupted):
-        raise Trouble("this machine", f"files in {parcel.root} change while they are sent, twice by now. Try "
-                                      f"again when they do not") from SomeFailed(wrong, len(shells))
-    if wrong:
-        raise SomeFailed(wrong, len(shells))
 
 
 def _deliver_once(shells: Sequence[Shell], parcel: Parcel, say: Callable[[str], None], interrupted: Callable[[], bool],

@@ -8,7 +8,7 @@ import os
 import re
 import time
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, Literal
@@ -27,6 +27,7 @@ READS = {"total_max_attempts": 5, "mode": "standard"}      # botocore's own back
 ONCE = {"total_max_attempts": 1, "mode": "standard"}       # else botocore repeats "no capacity", which is a 5xx
 VISIBLE_S = (.5, 1, 2, 4, 8, 15)                  # pauses until what was just made is visible to EC2's other calls
 CLUSTER, OWNER, EXPIRES = "txl:cluster", "txl:owner", "txl:expires"        # tags
+DOOR = "mosh"                                     # description of a rule that is there for a while only
 
 # Codes of EC2 and STS by what to do about them. What is in no row: any ...LimitExceeded is a quota, any ...NotFound
 # missing, any ...Duplicate duplicate, a 5xx throttled, and the rest is our request's fault.
@@ -127,6 +128,15 @@ class Thing:
     cluster: str
     expires: float | None                         # unix time; None: nothing was said
     billable: bool
+
+
+@dataclass(frozen=True)
+class Door:
+    """A UDP port of a cluster's machines that is open to one address for a while (doors.py)."""
+    group: str
+    cluster: str
+    port: int
+    cidr: str
 
 
 def run_instances_request(*, kind: Type, count: int, market: Market, zone: str, subnet: str, group: str,
@@ -399,9 +409,11 @@ class Cloud:
     def start_instances(self, ids: Iterable[str]) -> None:
         self._call("start_instances", InstanceIds=list(ids))
 
-    def security_group(self, name: str, vpc: str, cidr: str, tags: Mapping[str, str]) -> str:
+    def security_group(self, name: str, vpc: str, cidr: str, tags: Mapping[str, str],
+                       doors: Collection[int] = ()) -> str:
         """The id of the group `name`, made where it is missing. Its rules become these and no others: SSH from `cidr`,
-        everything among its members (EFA needs both directions by name of the group), everything outwards."""
+        everything among its members (EFA needs both directions by name of the group), everything outwards; of UDP
+        ports those of `doors` stay open."""
         try:
             group = self._call("create_security_group", GroupName=name, VpcId=vpc,
                                Description=f"Machines of {tags[CLUSTER]}",
@@ -417,11 +429,36 @@ class Cloud:
                           f"it, or choose another --name")
         group = group or found["GroupId"]
         everyone = ("-1", -1, -1, "group", group)
-        self._make_equal(group, found["IpPermissions"], {("tcp", 22, 22, "cidr", cidr), everyone},
+        opened = {rule for permission in found["IpPermissions"] for rule in _rules(permission)
+                  if rule[0] == "udp" and rule[1] in doors}
+        self._make_equal(group, found["IpPermissions"], {("tcp", 22, 22, "cidr", cidr), everyone} | opened,
                          "authorize_security_group_ingress", "revoke_security_group_ingress")
         self._make_equal(group, found["IpPermissionsEgress"], {("-1", -1, -1, "cidr", "0.0.0.0/0"), everyone},
                          "authorize_security_group_egress", "revoke_security_group_egress")
         return group
+
+    def doors(self, owner: str, cluster: str | None = None) -> list[Door]:
+        """The open ones, by what their rules say they are for."""
+        groups = self._call("describe_security_groups", Filters=_ours(cluster, owner))["SecurityGroups"]
+        return [Door(group["GroupId"], _tags(group).get(CLUSTER, ""), permission["FromPort"], entry["CidrIp"])
+                for group in groups for permission in group["IpPermissions"] if permission["IpProtocol"] == "udp"
+                for entry in permission["IpRanges"] if entry.get("Description") == DOOR]
+
+    def door(self, owner: str, cluster: str, port: int, cidr: str) -> Door:
+        """For `open_door`. Raises Refused where the cluster has no group."""
+        groups = self._call("describe_security_groups", Filters=_ours(cluster, owner))["SecurityGroups"]
+        if not groups:
+            raise Refused(f"{cluster} has no security group of its own, in which a port could be opened")
+        return Door(groups[0]["GroupId"], cluster, port, cidr)
+
+    def open_door(self, door: Door) -> None:
+        with _but_for("duplicate"):
+            self._call("authorize_security_group_ingress", GroupId=door.group, IpPermissions=[_permission_of(door)])
+
+    def close_door(self, door: Door) -> None:
+        """One that is closed already is fine."""
+        with _but_for("missing"):
+            self._call("revoke_security_group_ingress", GroupId=door.group, IpPermissions=[_permission_of(door)])
 
     def placement_group(self, name: str, tags: Mapping[str, str]) -> str:
         """Its name. Machines of it are near one another: full bandwidth for a single flow, and EFA."""
@@ -564,6 +601,11 @@ def _permission(rule: Rule) -> dict[str, Any]:
     key, name = SOURCES[source]
     ports = {} if protocol == "-1" else {"FromPort": low, "ToPort": high}
     return {"IpProtocol": protocol, **ports, key: [{name: value}]}
+
+
+def _permission_of(door: Door) -> dict[str, Any]:
+    return {"IpProtocol": "udp", "FromPort": door.port, "ToPort": door.port,
+            "IpRanges": [{"CidrIp": door.cidr, "Description": DOOR}]}
 
 
 def _filters(values: Mapping[str, str | tuple[str, ...]]) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster import deliver, ec2, ladder, reach, ready, run, ssh
+from cluster import deliver, doors, ec2, ladder, reach, ready, run, ssh
 from cluster.aws import Facts, config_hash, estimated, limit_hours, node_command, refuse_others, uses_efa
 from cluster.backends import Watch, Wish
 from cluster.boot import Limits, user_data
@@ -180,7 +180,8 @@ class Launch:
 
     def security_group(self, tags: Mapping[str, str]) -> str:
         """Of this cluster, open to where we are now."""
-        return self.cloud.security_group(self.group_name, self.account.network.vpc, self.account.cidr, dict(tags))
+        return self.cloud.security_group(self.group_name, self.account.network.vpc, self.account.cidr, dict(tags),
+                                         doors.in_use(self.plan.name))
 
     def ondemand_allowed(self) -> tuple[bool, str]:
         """Whether on-demand machines may take the place of spot ones, and what to say where not."""

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from cluster import prices, ssh
+from cluster import doors, prices, ssh
 from cluster.ec2 import CLUSTER, CallFailed, Cloud, Instance, Thing
 from cluster.follow import FAILED, FINISHED
 from cluster.journal import Journal, home, owner_name
@@ -89,12 +89,18 @@ def gc(words: Sequence[str], flags: Sweeping) -> int:
         print(f"machine {x.id} of {x.tags.get(CLUSTER, 'no name')}, past its deadline")
     for thing in plan.things:
         print(f"{thing.what} {thing.id} of {thing.cluster}")
-    if not plan.machines and not plan.things:
+    open_doors = doors.forgotten(cloud)
+    for door in open_doors:
+        print(f"UDP port {door.port} of {door.cluster}, open to {door.cidr} for a mosh that is no more")
+    if not plan.machines and not plan.things and not open_doors:
         print("Nothing to remove.")
     if flags.dry_run:
         return FINISHED
     agree(f"End {len(plan.machines)} machines?", flags.yes, len(plan.machines) > 1)
     end(cloud, clusters(plan.machines))
+    for door in open_doors:
+        cloud.close_door(door)
+        doors.forget(door.cluster)
     return remove(cloud, plan.things)
 
 

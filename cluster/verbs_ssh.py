@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from cluster import doors
 from cluster import ssh as openssh
 from cluster.ec2 import CallFailed, Cloud
 from cluster.follow import FAILED, FINISHED
@@ -57,6 +58,14 @@ for second in $(seq 60); do
 done
 tail -n 3 "$run/logs/tensorboard.log" >&2
 exit 1
+"""
+# The file $1 in an editor, on the machine itself.
+EDIT = """
+for editor in "${EDITOR:-}" nano vi; do
+    [ -z "$editor" ] || ! command -v "${editor%% *}" > /dev/null || exec $editor "$1"
+done
+echo "No editor is on $2. Install one:  python -m cluster cmd $3 --node=${2#node-} sudo apt-get install -y nano" >&2
+exit 127
 """
 
 
@@ -191,6 +200,16 @@ def get(words: Sequence[str], flags: ToOne) -> int:
     return FINISHED
 
 
+def nano(words: Sequence[str], flags: ToOne) -> int:
+    """The machine's $EDITOR, else nano, else vi."""
+    if not sys.stdin.isatty():
+        raise Refused("An editor needs a terminal. To copy a file:  python -m cluster get, and put")
+    found, shells = connect(words[:1], flags)
+    shell = one(shells, flags.node)
+    path = words[1] if words[1].startswith("/") else f"./{words[1]}"          # else -x would be a flag
+    return _at(shell, ["sh", "-c", EDIT, "sh", path, shell.name, found.name])
+
+
 def attach(words: Sequence[str], flags: ToOne) -> int:
     """tmux's session of the run on a machine, made with its log in it where it is not there."""
     found, shells = connect(words[:1], flags)
@@ -237,6 +256,7 @@ def shells_of(cloud: Cloud, found: Cluster, ssh_user: str | None) -> list[Shell]
     machines = [x for x in found.machines if x.state == "running"]
     if not machines:
         raise Refused(f"No machine of {found.name} runs: {', '.join(f'{x.id} {x.state}' for x in found.machines)}")
+    doors.close_forgotten(cloud, found.name)
     folder, port = Journal(found.name).folder, os.environ.get("TXL_SSH_PORT")
     hosts = [Host(x.node, x.public or "", x.private, x.id, jump=x.node > 0 and not x.public) for x in machines]
     if bare := [host.alias for host in hosts if not host.jump and not host.address]:

@@ -1,6 +1,8 @@
 """The verbs: what they choose and say as whole values, what they do against the strict EC2 and real sshds."""
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
 import json
 import os
@@ -10,8 +12,10 @@ import select
 import shlex
 import shutil
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import time
 import urllib.request
 import uuid
@@ -21,7 +25,7 @@ from types import SimpleNamespace
 import pytest
 
 import launch_tensorboard
-from cluster import ec2, ssh, verbs, verbs_ssh
+from cluster import doors, ec2, ssh, verbs, verbs_mosh, verbs_ssh, verbs_sync
 from cluster.__main__ import VERBS, main, split
 from cluster.ec2 import Cloud, Instance, Thing
 from cluster.journal import Journal, home, owner_name
@@ -32,6 +36,7 @@ from cluster.verbs_lists import Cluster, Doomed, choose, doomed, hosts_text, lou
 from tests.cluster.sshd import Machine, free_port, needs_sshd
 
 CHECKOUT = Path(__file__).parents[2]
+POLICY = CHECKOUT / "docs/iam_policy.json"
 NOW = 1_800_000_000.0
 HOUR = 3600.0
 ME = owner_name()
@@ -177,7 +182,7 @@ def strict():
             patch.setenv(name, value)
         patch.delenv("AWS_PROFILE", raising=False)
         cloud = Cloud()
-        for module in (verbs, verbs_ssh):
+        for module in (verbs, verbs_ssh, verbs_mosh):
             patch.setattr(module, "Cloud", lambda region: cloud)
         yield strict, cloud
 
@@ -193,7 +198,7 @@ def bench(strict, tmp_path, monkeypatch):
     monkeypatch.setattr(verbs, "AGAIN_S", .1)
     with open(os.devnull) as nobody:
         monkeypatch.setattr("sys.stdin", nobody)
-        yield SimpleNamespace(cloud=cloud, world=ec2_.world, count=ec2_.count)
+        yield SimpleNamespace(cloud=cloud, world=ec2_.world, count=ec2_.count, calls=ec2_.calls, fail=ec2_.fail)
     ec2_.world.shutdown_s = 0
     cloud.terminate(x.id for x in cloud.instances())
     until(lambda: all(x.state == "terminated" for x in cloud.instances(alive=False)))
@@ -376,7 +381,9 @@ def two(bench, tmp_path, monkeypatch):
     authorized = ssh.key(home()).with_suffix(".pub").read_text()
     hosts = [Machine(tmp_path / f"machine-{x.node}", x.public or "", port, authorized) for x in there]
     try:
-        for host in hosts:
+        for host, x in zip(hosts, there):
+            with open(host.folder / "config", "a") as config:     # where the other machine reaches it
+                config.write(f"ListenAddress {x.private}\n")
             host.start()
             (host.home / "txl/runs/one/logs").mkdir(parents=True)
             (host.home / "txl/runs/one/nodes").mkdir()
@@ -421,6 +428,71 @@ def test_files_go_there_and_come_back(two, tmp_path, capfd):
     assert (tmp_path / "back").read_text() == "text\n"
     assert main(["cat", "one", "there/a b", "--node=1"]) == 0
     assert capfd.readouterr().out == "text\n"
+
+
+@needs_sshd
+def test_sync_brings_the_code_to_all_machines_and_says_that_a_training_runs(two, tmp_path, capfd, monkeypatch):
+    checkout = tmp_path / "checkout"
+    for name, text in {".gitignore": "*.tmp\n", "a.py": "1\n", "x.tmp": "", "runs/one/stop": ""}.items():
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).write_text(text)
+    monkeypatch.setattr(verbs_sync, "CHECKOUT", checkout)
+    assert main(["sync", "one", two.user]) == 0
+    assert "A training runs" not in capfd.readouterr().out
+    for host in two.hosts:
+        assert (host.home / "txl/a.py").read_text() == "1\n"
+        assert sorted(path.name for path in (host.home / "txl").iterdir()) == [".gitignore", "a.py", "runs"]
+        assert sorted(path.name for path in (host.home / "txl/runs/one").iterdir()) == ["logs", "nodes"]
+    (checkout / "a.py").rename(checkout / "b.py")
+    with open(two.hosts[1].home / "txl/runs/one/nodes/1.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)          # as the supervisor of node 1 does
+        assert main(["sync", "one"]) == 0
+    assert "A training runs on node-1: " in capfd.readouterr().out
+    assert all((host.home / "txl/b.py").exists() and not (host.home / "txl/a.py").exists() for host in two.hosts)
+
+
+@needs_sshd
+def test_sync_watches_a_folder_and_brings_it_after_each_change_until_ctrl_c(two, tmp_path):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/first").write_text("1")
+    there = [host.home / "kept/notes" for host in two.hosts]
+    with following("sync", "one", "notes", "kept/notes", "--watch", two.user) as program:
+        assert "compared" in program.stdout.readline()
+        assert [(path / "first").read_text() for path in there] == ["1", "1"]
+        (tmp_path / "notes/first").write_text("2")
+        (tmp_path / "notes/second").write_text("new")
+        until(lambda: all((path / "second").exists() and (path / "first").read_text() == "2" for path in there))
+
+
+@needs_sshd
+def test_sync_of_what_is_not_there_or_goes_nowhere_is_refused(two, capsys):
+    for line, said in (("sync one .", "HERE THERE"), ("sync one missing there", "There is no missing here")):
+        with pytest.raises(SystemExit) as ended:
+            main(line.split())
+        assert (ended.value.code, said in capsys.readouterr().err) == (2, True)
+    with Journal("one").alone("launched"), pytest.raises(SystemExit):
+        main(["sync", "one", ".", "there", two.user])
+    assert "one is being worked on: launched by" in capsys.readouterr().err
+
+
+@needs_sshd
+def test_nano_edits_with_the_machines_editor_and_says_so_where_there_is_none(two):
+    first = two.hosts[0]
+    (first.home / "notes").write_text("old\n")
+    for name in ("nano", "vi"):                   # the machine's, whatever this one has
+        first.has(name, f'[ -t 0 ] && echo {name} "$@" >> edits')
+    for editor, said in (("", "nano ./notes\n"), ("vi -R", "vi -R ./notes\n"), ("missing", "nano ./notes\n")):
+        first.has("sh", f'EDITOR={shlex.quote(editor)} exec /bin/sh "$@"')
+        with typing("nano", "one", "notes", two.user) as program:
+            program.until_it_ends(0)
+        assert (first.home / "edits").read_text() == said
+        (first.home / "edits").unlink()
+    (first.bin / "nano").unlink()
+    (first.bin / "vi").unlink()
+    first.has("sh", f'EDITOR= PATH={shlex.quote(str(first.bin))} exec /bin/sh "$@"')
+    with typing("nano", "one", "notes") as program:
+        program.until_it_ends(1)
+        assert b"No editor is on node-0. Install one:  python -m cluster cmd one --node=0 sudo apt-get" in program.seen
 
 
 @needs_sshd
@@ -476,28 +548,127 @@ def test_attach_shows_the_nodes_log_in_a_tmux_that_stays(two):
     first, tmux = two.hosts[0], shutil.which("tmux")
     first.has("tmux", f'export TMUX_TMPDIR="{first.folder}"\nexec {tmux} "$@"')
     (first.home / "txl/runs/one/logs/node-0.log").write_text("torchrun says\n")
-    keyboard, terminal = pty.openpty()
-    program = subprocess.Popen([sys.executable, "-m", "cluster", "attach", "one", two.user], stdin=terminal,
-                               stdout=terminal, stderr=terminal, start_new_session=True,
-                               env=os.environ | {"PYTHONPATH": str(CHECKOUT), "TERM": "xterm"})
     try:
-        seen = b""
-        while b"torchrun says" not in seen:
-            assert select.select([keyboard], [], [], 20)[0], seen
-            seen += os.read(keyboard, 10_000)
-        os.write(keyboard, b"\x02d")              # Ctrl-B D
-        deadline = time.monotonic() + 30
-        while program.poll() is None and time.monotonic() < deadline:             # read: a full terminal would block it
-            seen += os.read(keyboard, 10_000) if select.select([keyboard], [], [], .1)[0] else b""
-        assert program.returncode == 0, seen
+        with typing("attach", "one", two.user) as program:
+            program.until_it_says(b"torchrun says")
+            program.types(b"\x02d")               # Ctrl-B D
+            program.until_it_ends(0)
         sessions = subprocess.run([first.bin / "tmux", "ls"], capture_output=True, text=True).stdout
         assert sessions.startswith("txl-one: ")
     finally:
-        program.kill()
-        program.wait()
         subprocess.run([first.bin / "tmux", "kill-server"], check=False)
-        os.close(keyboard)
-        os.close(terminal)
+
+
+# --- mosh ---
+
+needs_mosh = pytest.mark.skipif(not shutil.which("mosh") or not shutil.which("mosh-server"), reason="needs mosh")
+
+
+@pytest.fixture
+def moshed(two, monkeypatch):
+    """Of servers whose client is gone none stays."""
+    monkeypatch.setenv("LC_ALL", "C.UTF-8")
+    for host in two.hosts:
+        host.has("mosh-server", f'MOSH_SERVER_NETWORK_TMOUT=5 exec {shutil.which("mosh-server")} "$@"')
+    return two
+
+
+def udp(bench) -> list[tuple[int, int, str]]:
+    return [(rule["FromPort"], rule["ToPort"], source["CidrIp"])
+            for group in bench.cloud._ec2.describe_security_groups()["SecurityGroups"]
+            for rule in group["IpPermissions"] if rule["IpProtocol"] == "udp" for source in rule["IpRanges"]]
+
+
+@needs_sshd
+@needs_mosh
+@pytest.mark.parametrize("leaves", ["exit", "SIGTERM", "closed terminal"])
+def test_mosh_has_one_udp_port_open_to_this_address_alone_and_only_as_long_as_it_runs(bench, moshed, leaves):
+    with typing("mosh", "one", "--node=1", moshed.user) as program:
+        program.until_it_says(b"is open to 127.0.0.1/32 alone, until you leave")
+        program.until_it_says(b"\x1b[?1049h")     # mosh's own screen
+        program.types(b"echo $((6 * 7)) from $(basename $(dirname $HOME))\n")
+        program.until_it_says(b"42 from machine-1")
+        (low, high, source), = udp(bench)
+        assert (low, source) == (high, "127.0.0.1/32")
+        assert 60001 <= low < 61000
+        if leaves == "exit":
+            program.types(b"exit\n")
+            program.until_it_ends(0)
+        elif leaves == "SIGTERM":
+            program.process.terminate()
+            program.until_it_ends(130)
+        else:
+            program.hang_up()
+            program.process.wait(20)
+    assert udp(bench) == []
+    granted = {action for statement in json.loads(POLICY.read_text())["Statement"]
+               for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])}
+    assert {f"{call.service}:{call.action}" for call in bench.calls} <= granted
+
+
+@needs_sshd
+@needs_mosh
+def test_the_port_of_a_mosh_that_was_killed_is_closed_by_the_next_verb_and_that_of_a_living_one_stays(
+        bench, moshed, capfd):
+    with typing("mosh", "one", moshed.user) as killed, typing("mosh", "one", "--node=1", moshed.user) as living:
+        for program in (killed, living):
+            program.until_it_says(b"alone, until you leave")
+        until(lambda: len(udp(bench)) == 2)
+        killed.process.kill()
+        killed.process.wait()
+        before = bench.count("RevokeSecurityGroupIngress")
+        assert main(["ssh", "one", "true"]) == 0
+        (port, _, _), = udp(bench)
+        assert doors.in_use("one") == {port}
+        assert bench.count("RevokeSecurityGroupIngress") == before + 1
+        assert main(["ssh", "one", "true"]) == 0
+        assert bench.count("RevokeSecurityGroupIngress") == before + 1        # nothing is looked for without a trace
+        living.until_it_says(b"\x1b[?1049h")
+        living.types(b"exit\n")
+        living.until_it_ends(0)
+    assert udp(bench) == []
+
+
+@needs_sshd
+def test_mosh_says_what_is_missing_where(two, monkeypatch):
+    two.hosts[0].has("sh", 'PATH=/nowhere exec /bin/sh "$@"')
+    with typing("mosh", "one", two.user) as program:
+        program.until_it_ends(1 if shutil.which("mosh") else 2)
+        assert (b"node-0: it has no mosh-server. Install it:  python -m cluster cmd one --all_nodes 'sudo apt-get "
+                b"install -y mosh'" if shutil.which("mosh") else b"mosh is not installed here") in program.seen
+
+
+def test_a_launch_and_gc_close_the_ports_that_nobody_here_uses_and_no_others(bench, capsys):
+    launched(bench, "one")
+    network = bench.cloud.network()
+    tags = ec2.tags_of("one", ME, "", time.time() + HOUR, "10/60")
+
+    def launch() -> None:
+        bench.cloud.security_group(f"txl-{ME}-one", network.vpc, "127.0.0.1/32", tags, doors.in_use("one"))
+
+    left = bench.cloud.door(ME, "one", 60009, "198.51.100.1/32")
+    with doors.opened(bench.cloud, "one", "127.0.0.1/32", [60001]) as door:
+        bench.cloud.open_door(left)
+        launch()
+        assert udp(bench) == [(60001, 60001, "127.0.0.1/32")]
+        bench.cloud.open_door(left)
+        assert main(["gc", "--dry_run"]) == 0
+        assert "UDP port 60009 of one, open to 198.51.100.1/32 for a mosh that is no more" in capsys.readouterr().out
+        assert len(udp(bench)) == 2
+        assert main(["gc"]) == 0
+        assert udp(bench) == [(door.port, door.port, door.cidr)]
+        with pytest.raises(Refused, match="No UDP port"), doors.opened(bench.cloud, "one", door.cidr, [60001]):
+            pass
+    assert udp(bench) == []
+
+
+def test_a_port_that_cannot_be_closed_is_named_and_closed_later(bench, capsys):
+    launched(bench, "one")
+    with doors.opened(bench.cloud, "one", "127.0.0.1/32", [60001]):
+        bench.fail("RevokeSecurityGroupIngress", "UnauthorizedOperation", status=403)
+    assert "UDP port 60001 of one is still open to 127.0.0.1/32" in capsys.readouterr().err
+    doors.close_forgotten(bench.cloud, "one")
+    assert udp(bench) == []
 
 
 def test_launch_tensorboard_is_the_verb_and_refuses_a_run_that_is_nowhere(bench, capsys):
@@ -532,6 +703,56 @@ class following:
         finally:
             self.process.kill()
             self.process.communicate()
+
+
+class typing:
+    """A verb in a terminal of its own, and somebody at its keyboard."""
+    def __init__(self, *words: str):
+        self.keyboard, terminal = pty.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        self.seen = b""
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "cluster", *words], stdin=terminal, stdout=terminal, stderr=terminal,
+            start_new_session=True, env=os.environ | {"PYTHONPATH": str(CHECKOUT), "TERM": "xterm"},
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0))
+        os.close(terminal)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_: object):
+        self.process.kill()
+        self.process.wait()
+        with contextlib.suppress(OSError):
+            os.close(self.keyboard)
+
+    def types(self, text: bytes) -> None:
+        os.write(self.keyboard, text)
+
+    def hang_up(self) -> None:
+        os.close(self.keyboard)
+
+    def until_it_says(self, text: bytes) -> None:
+        deadline = time.monotonic() + 30
+        while text not in self.seen:
+            assert time.monotonic() < deadline, self.seen
+            assert self._reads() or self.process.poll() is None, self.seen
+
+    def until_it_ends(self, status: int) -> None:
+        deadline = time.monotonic() + 30
+        while self.process.poll() is None and time.monotonic() < deadline:        # read: a full terminal would block it
+            self._reads()
+        while self._reads():
+            pass
+        assert self.process.returncode == status, self.seen
+
+    def _reads(self) -> bool:
+        try:
+            said = os.read(self.keyboard, 10_000) if select.select([self.keyboard], [], [], .1)[0] else b""
+        except OSError:                           # EIO: everybody there has gone
+            return False
+        self.seen += said
+        return bool(said)
 
 
 def until(holds) -> None:
