@@ -32,6 +32,7 @@ class Account:
     image: Image
     network: Network
     cidr: str                                     # who may reach their port 22
+    key_pair: str | None = None                   # ncluster's, of this owner
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def survey(wish: Wish) -> Facts:
         refuse_others(wish, existing)
         scores = cloud.scores(kind.name, machines.count) if machines.spot and not existing else {}
         account = Account(cloud, cloud.image(terms.image or stack.image), network,
-                          terms.ssh_cidr or ec2.caller_address())
+                          terms.ssh_cidr or ec2.caller_address(), cloud.key_pair(owner))
         return Facts(terms, owner, kind, stack, existing, account, ladder.order_zones(zones, scores, spot_usd),
                      spot_usd, Journal(wish.name).spent(time.time()))
     except CallFailed as error:

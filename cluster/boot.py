@@ -99,7 +99,8 @@ def user_data(limits: Limits, public_key: str) -> str:
     """
     if not re.fullmatch(r"(ssh|ecdsa|sk)-\S+ [A-Za-z0-9+/=]+( [^\n]*)?", public_key.strip()):
         raise ValueError("this is not the public half of an SSH key, one line of type, key and comment (id_….pub)")
-    keys = {"ssh_authorized_keys": [public_key.strip()]}            # JSON is YAML
+    # The launch's key pair, if it has one, is a label: whoever may make key pairs in the account gets in by none.
+    keys = {"ssh_authorized_keys": [public_key.strip()], "allow_public_ssh_keys": False}           # JSON is YAML
     parts = MIMEMultipart(boundary="==txl==")
     parts.attach(MIMEText(_boothook(limits), "cloud-boothook", "us-ascii"))
     parts.attach(MIMEText(f"#cloud-config\n{json.dumps(keys)}\n", "cloud-config", "us-ascii"))

@@ -141,8 +141,9 @@ class Door:
 
 def run_instances_request(*, kind: Type, count: int, market: Market, zone: str, subnet: str, group: str,
                           placement: str | None, image: Image, disk_gib: int, user_data: str, tags: Mapping[str, str],
-                          token: str, profile: str | None = None) -> dict[str, Any]:
-    """Keyword arguments for RunInstances: all `count` in one zone, or none. `token` makes a repeat harmless."""
+                          token: str, profile: str | None = None, key_pair: str | None = None) -> dict[str, Any]:
+    """Keyword arguments for RunInstances: all `count` in one zone, or none. `token` makes a repeat harmless.
+    `key_pair` is a label, as whom it lets in is the user-data's matter (boot.py)."""
     tagged = ["instance", "volume", "network-interface"] + ["spot-instances-request"] * (market == "spot")
     request: dict[str, Any] = {
         "ImageId": image.id, "InstanceType": kind.name, "MinCount": count, "MaxCount": count, "ClientToken": token,
@@ -159,6 +160,8 @@ def run_instances_request(*, kind: Type, count: int, market: Market, zone: str, 
     if market == "spot":                          # without a price of ours: on-demand is the most that spot costs
         request["InstanceMarketOptions"] = {"MarketType": "spot", "SpotOptions": {
             "SpotInstanceType": "one-time", "InstanceInterruptionBehavior": "terminate"}}
+    if key_pair:
+        request["KeyName"] = key_pair
     if profile:
         request["IamInstanceProfile"] = {"Arn" if profile.startswith("arn:") else "Name": profile}
     return request
@@ -381,6 +384,16 @@ class Cloud:
               for x in ours("describe_placement_groups", "PlacementGroups", state="available")),
             *(_thing("security group", x["GroupId"], x) for x in ours("describe_security_groups", "SecurityGroups")),
         ]
+
+    def key_pair(self, owner: str) -> str | None:
+        """The key pair by which ncluster knows whose a machine is: `ncluster kill` passes over others, and fails at one
+        without any. None where the owner has none, or we are not told."""
+        name = f"ncluster-{owner}"
+        try:
+            found = self._call("describe_key_pairs", Filters=_filters({"key-name": name}))["KeyPairs"]
+        except CallFailed:
+            return None                           # the launch needs none
+        return name if found else None
 
     # --- acts ---
 

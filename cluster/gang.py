@@ -144,7 +144,7 @@ class Launch:
                 kind=facts.type, count=self.count, market=move.market, zone=move.zone,
                 subnet=self.account.network.subnets[move.zone], group=group, placement=placement,
                 image=self.account.image, disk_gib=self.terms.disk_gib, user_data=user_data(limits, public_key),
-                tags=tags, token=token)
+                tags=tags, token=token, key_pair=self.account.key_pair)
             if price_cap is not None:
                 request["InstanceMarketOptions"]["SpotOptions"]["MaxPrice"] = f"{price_cap:.4f}"
             price = {"usd_per_hour": rate or 0.0, "until": min(expires, time.time() + (budget_s or max_s))}

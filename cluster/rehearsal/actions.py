@@ -273,6 +273,9 @@ class Actions(EC2Response):
             raise Refusal("InvalidAMIID.NotFound", f"The image id '[{image}]' does not exist")
         if kind not in INSTANCE_TYPES:
             raise Refusal("InvalidParameterValue", f"Invalid value '{kind}' for InstanceType.")
+        key = self._get_param("KeyName")
+        if key and key not in self.ec2_backend.key_pairs:
+            raise Refusal("InvalidKeyPair.NotFound", f"The key pair '{key}' does not exist")
         ami = self.ec2_backend.amis[image]
         if ami.architecture not in INSTANCE_TYPES[kind]["ProcessorInfo"]["SupportedArchitectures"]:
             raise Refusal("InvalidParameterValue", f"The architecture '{ami.architecture}' of the specified instance "
@@ -368,7 +371,8 @@ class Actions(EC2Response):
             backend.associate_iam_instance_profile(instance.id, profile.get("Name"), profile.get("Arn"))
         self.world.add(Machine(
             instance, market, user_data, efa=sum("efa" in eni.interface_type for eni in enis), private=private,
-            wants_public=wants_public, made=time.monotonic(), launched=time.time()))
+            wants_public=wants_public, made=time.monotonic(), launched=time.time(),
+            public_key=backend.key_pairs[instance.key_name].public_key.strip() if instance.key_name else ""))
 
 
 class PlacementGroup(TaggedEC2Resource):

@@ -65,10 +65,11 @@ class Knobs:
 class Host:
     """One machine. `root` is what TXL_ROOT is on it."""
 
-    def __init__(self, id: str, root: Path, tmp: Path, port: int, facts: Facts, knobs: Knobs, user_data: str):
+    def __init__(self, id: str, root: Path, tmp: Path, port: int, facts: Facts, knobs: Knobs, user_data: str,
+                 public_key: str = ""):
         self.id, self.root, self.knobs, self.addresses = id, root, knobs, list[str]()
         self._tmp, self._port, self._facts = tmp, port, facts
-        self._hook, self._keys = _user_data(user_data)
+        self._hook, self._keys = _user_data(user_data, public_key)
         self._life = 0                            # counts boots and losses of power: a thread knows if it is late
         self._sshd: subprocess.Popen[bytes] | None = None
         self._lock = threading.Lock()
@@ -258,7 +259,7 @@ class Hosts:
         self.all[machine.id] = Host(
             machine.id, self._folder / machine.id, self._tmp / str(len(self.all)), self.port,
             replace(self._facts(machine.kind), efa=machine.efa), self.next.pop(0) if self.next else Knobs(),
-            machine.user_data)
+            machine.user_data, machine.public_key)
 
     def on(self, machine: Machine) -> None:
         self.all[machine.id].boot(machine.addresses)
@@ -293,9 +294,10 @@ def user() -> str:
     return getpass.getuser()
 
 
-def _user_data(text: str) -> tuple[str | None, list[str]]:
-    """The boot hook and the public keys that a machine is told. The hook's watchdog gets the rehearsal's tick."""
-    hook, keys = None, list[str]()
+def _user_data(text: str, public_key: str) -> tuple[str | None, list[str]]:
+    """The boot hook and the public keys that a machine is told: its key pair's as well, unless the user-data says no.
+    The hook's watchdog gets the rehearsal's tick."""
+    hook, keys = None, [public_key] if public_key else []
     for part in email.message_from_string(text).walk():
         content = str(part.get_payload(decode=False))
         if part.get_content_type() == "text/cloud-boothook" or content.startswith("#cloud-boothook"):
@@ -303,7 +305,8 @@ def _user_data(text: str) -> tuple[str | None, list[str]]:
         elif part.get_content_type() == "text/cloud-config" or content.startswith("#cloud-config"):
             import yaml  # moto brings it
 
-            keys += (yaml.safe_load(content) or {}).get("ssh_authorized_keys", [])
+            told = yaml.safe_load(content) or {}
+            keys = keys * told.get("allow_public_ssh_keys", True) + told.get("ssh_authorized_keys", [])
     return hook, keys
 
 

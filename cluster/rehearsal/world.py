@@ -41,6 +41,7 @@ class Machine:
     wants_public: bool
     made: float                                   # time.monotonic()
     launched: float                               # unix time; travels back as the bench travels forward
+    public_key: str = ""                          # of its key pair
     ended: float | None = None
     due: float | None = None                      # time.monotonic() of the next change of state
     powered: bool = False

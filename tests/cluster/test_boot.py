@@ -89,7 +89,8 @@ def test_it_is_a_script_for_every_boot_and_a_key_of_who_may_log_in():
     assert list(found) == ["text/cloud-boothook", "text/cloud-config"]
     assert found["text/cloud-boothook"].startswith("#!/bin/sh\n")
     assert found["text/cloud-config"].startswith("#cloud-config\n")
-    assert yaml.safe_load(found["text/cloud-config"]) == {"ssh_authorized_keys": [KEY]}
+    assert yaml.safe_load(found["text/cloud-config"]) == {
+        "ssh_authorized_keys": [KEY], "allow_public_ssh_keys": False}
 
 
 def test_the_same_machines_get_the_same_to_the_byte_and_it_fits():

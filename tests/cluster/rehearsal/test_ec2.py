@@ -59,6 +59,7 @@ def test_machines_of_a_launch_are_numbered_and_have_addresses_of_their_own_on_lo
     ({"InstanceType": "p9.huge"}, "InvalidParameterValue"),
     ({"ImageId": "ami-0123456789abcdef0"}, "InvalidAMIID.NotFound"),
     ({"ImageId": "ubuntu"}, "InvalidAMIID.Malformed"),
+    ({"KeyName": "nobody's"}, "InvalidKeyPair.NotFound"),
     ({"SubnetId": "subnet-0123456789abcdef0"}, "InvalidSubnetID.NotFound"),
     ({"SecurityGroupIds": ["sg-0123456789abcdef0"]}, "InvalidGroup.NotFound"),
     ({"Placement": {"GroupName": "nowhere"}}, "InvalidPlacementGroup.Unknown"),

@@ -42,8 +42,8 @@ class Laptop:
     def launch(self, *knobs: Knobs, count: int = 1, kind: str = "p4d.24xlarge", **more) -> list[str]:
         """Ids of machines that run and, unless their knobs say otherwise, answer."""
         self.bench.hosts.next += knobs
-        ids = self.aws.run(count, kind=kind, UserData=self.user_data, **{
-            "InstanceInitiatedShutdownBehavior": "terminate"} | more)
+        ids = self.aws.run(count, kind=kind, **{
+            "UserData": self.user_data, "InstanceInitiatedShutdownBehavior": "terminate"} | more)
         self.aws.until("running", *ids)
         for id in ids:
             if self.bench.hosts[id].knobs == Knobs():
@@ -100,6 +100,18 @@ def test_only_the_key_of_the_user_data_opens(laptop, tmp_path):
     said = laptop.ssh(id, "true")
     assert said.returncode == 255
     assert "Permission denied" in said.stderr
+
+
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_key_pair_opens_unless_the_user_data_says_no(laptop, allowed, tmp_path):
+    made = laptop.aws.ec2.create_key_pair(KeyName="theirs")
+    keys = {"ssh_authorized_keys": [laptop.key.with_suffix(".pub").read_text().strip()]} | (
+        {} if allowed else {"allow_public_ssh_keys": False})
+    id, = laptop.launch(KeyName="theirs", UserData=f"#cloud-config\n{json.dumps(keys)}\n")
+    laptop.key = tmp_path / "theirs.pem"
+    laptop.key.write_text(made["KeyMaterial"])
+    laptop.key.chmod(0o600)
+    assert laptop.answers(id) == allowed
 
 
 def test_the_machine_has_what_its_kind_has(laptop):
