@@ -32,6 +32,9 @@ from configs import CONFIGS
 from engine.cli import flag, misuse, parse, this_python
 from engine.values import BadValue, nearest, override
 
+REHEARSED = ("launch_tensorboard", "wait", "fallback", "budget", "max_hours", "minutes_after_success",
+             "minutes_after_failure", "disk_gib")
+
 
 @dataclass(frozen=True)
 class Flags:
@@ -67,9 +70,9 @@ class Flags:
 def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, prog="launch.py", about=__doc__, more=list_configs)
     try:
-        if flags.rehearse or flags.drill:
+        if (flags.rehearse or flags.drill) and not flags.dry_run:
             from cluster import rehearse
-            return rehearse.main(find_config(flags), flags.drill)
+            return rehearse.main(find_config(flags), flags.drill, rehearsed_flags(flags))
         plan = make_plan(flags, find_config(flags))
         print(plan, flush=True)
         if flags.dry_run:
@@ -158,6 +161,16 @@ def command_of(flags: Flags) -> str:
             words += [f"--{f.name}={x}" for x in value] if isinstance(value, tuple) else \
                      [f"--{f.name}" + (f"={value}" if value is not True else "")]
     return shlex.join([this_python(), os.path.relpath(__file__), *words])
+
+
+def rehearsed_flags(flags: Flags) -> list[str]:
+    """What a rehearsal is given beside the config. Raises BadValue for what it cannot honour."""
+    of_config = ("config", "machines", "instance_type", "nospot", "set", "rehearse", "drill", "yes")
+    given = [f.name for f in fields(flags) if getattr(flags, f.name) != f.default and f.name not in of_config]
+    if strange := [name for name in given if name not in REHEARSED]:
+        raise BadValue(f"--rehearse does not take {', '.join(f'--{name}' for name in strange)}: it has an EC2, a model "
+                       f"and machines of its own. It takes {', '.join(f'--{name}' for name in REHEARSED)}")
+    return [f"--{name}" + (f"={value}" if (value := getattr(flags, name)) is not True else "") for name in given]
 
 
 def list_configs() -> str:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.local import CHECKOUT
@@ -29,8 +29,11 @@ NAME = "rehearsal"
 PATIENCE_S = 20                                   # for watchdogs to act once their time has come
 
 
-def main(config: Config, drill: str | None = None) -> int:
-    """The exit status: 0 where all went as it should and nothing is left. Raises Refused where it cannot be done."""
+def main(config: Config, drill: str | None = None, more: Sequence[str] = ()) -> int:
+    """The exit status: 0 where all went as it should and nothing is left. Raises Refused where it cannot be done.
+
+    `more`: what launch.py is given beside the config.
+    """
     if drill not in (None, *DRILLS):
         raise Refused(f"There is no drill {drill!r}.{nearest(drill or '', DRILLS)} There are:\n" + "\n".join(
             f"  {name:<16} {act.__doc__}" for name, act in DRILLS.items()))
@@ -38,7 +41,7 @@ def main(config: Config, drill: str | None = None) -> int:
     print(f"A rehearsal in {folder}: no account, no cost. Its spot prices are made up.\n", flush=True)
     try:
         with Bench(folder) as bench:
-            stage = Stage(bench, folder, config)
+            stage = Stage(bench, folder, config, more)
             as_expected = DRILLS[drill](stage) if drill else stage.launch() == 0
             nothing_left = stage.curtain()
     except RuntimeError as error:                 # something it needs is not installed
@@ -57,7 +60,7 @@ def main(config: Config, drill: str | None = None) -> int:
 class Stage:
     """A bench, and the launcher's processes on it."""
 
-    def __init__(self, bench: Bench, folder: Path, config: Config):
+    def __init__(self, bench: Bench, folder: Path, config: Config, more: Sequence[str] = ()):
         self.bench, self.folder, self.count = bench, folder, config.machines.count
         machines = config.machines
         kind = machines.kind if machines.kind != LOCAL else KIND_FOR_LOCAL
@@ -65,7 +68,7 @@ class Stage:
                         f"--instance_type={kind}", f"--machines={machines.count}", "--set=machines.gpus=1",
                         "--set=recipe.batch.size=none", "--set=recipe.batch.local_size=2",
                         f"--ssh_user={bench.user}", "--skip_setup", "--yes", "--wait=0.2",
-                        *(["--nospot"] if not machines.spot else [])]
+                        *(["--nospot"] if not machines.spot else []), *more]
 
     def launch(self, *more: str) -> int:
         """The launcher's exit status, its output on ours."""

@@ -131,6 +131,14 @@ def test_the_commands_at_the_top_of_the_file_can_be_copied(example, empty, capsy
     assert len(EXAMPLES) >= 4
 
 
+def test_a_rehearsal_says_which_flags_it_cannot_honour_and_passes_the_others_on(empty, capsys):
+    assert launched("--config=tiny", "--rehearse", "--budget=5", "--vpc=vpc-1", "--name=mine") == 2
+    assert "--rehearse does not take --name, --vpc" in capsys.readouterr().err
+    flags = launch.parse(launch.Flags, ["--config=tiny", "--nospot", "--rehearse", "--budget=5",
+                                        "--launch_tensorboard"], prog="", about="")
+    assert launch.rehearsed_flags(flags) == ["--launch_tensorboard", "--budget=5.0"]
+
+
 def test_another_number_of_ranks_does_not_change_the_batch_under_a_run(empty, capsys):
     local_size = ["--config=tiny", "--set=recipe.batch.size=none", "--set=recipe.batch.local_size=8"]
     flags = launch.parse(launch.Flags, local_size, prog="", about="")
