@@ -18,6 +18,8 @@ BACKENDS = {                                      # name: module, loaded when ch
     "aws": "cluster.aws",
 }
 
+LOST = 255                                        # the exit status of a node of which nothing is left
+
 
 class Watch(Protocol):
     """The person at the terminal, to a backend at work."""
@@ -30,7 +32,8 @@ class Watch(Protocol):
 class Job(Protocol):
     """A plan being carried out."""
     def poll(self) -> tuple[int, ...] | None:
-        """The nodes' exit statuses once none is running (negative: the signal that ended it); None before."""
+        """The nodes' exit statuses once none is running (negative: the signal that ended it; -SIGTERM also where the
+        job ended it for another's failure); None before."""
     def stop(self) -> None:
         """Ask the training to save and end. Once: a training that is still starting up finds the request."""
     def kill(self) -> None:

@@ -12,7 +12,7 @@ from types import FrameType
 from typing import TextIO
 
 from cluster import run
-from cluster.backends import Job
+from cluster.backends import LOST, Job
 from cluster.plan import Plan
 
 FINISHED, FAILED, STOPPED = 0, 1, 130             # exit statuses of the launcher; 2 is a launch refused
@@ -103,6 +103,8 @@ class Follower:
 
 def failure(run_dir: Path, nodes: int, statuses: tuple[int, ...], since: float) -> str:
     """What failed first, the end of its log, and where the logs are. `since`: when the launch began, in Unix time."""
+    if lost := [f"node {i}" for i, status in enumerate(statuses) if status == LOST]:
+        return f"Lost: {', '.join(lost)}, and the training with it. All logs: {run_dir}/logs/"
     logs = {i: _this_launch(run_dir / "logs" / f"node-{i}.log") for i in range(nodes)}
     # Of failures within a second (torchrun's clock) a rank that a signal ended is the cause, and errors are echoes.
     causes = sorted((time_, int(exit_) >= 0, int(rank), int(exit_), i)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import threading
 import time
 import zlib
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster import reach, ssh
-from cluster.backends import Watch
+from cluster.backends import LOST, Watch
 from cluster.local import free_port
 from cluster.run import Broken
 from cluster.ssh import Interrupted, Shell, SomeFailed, Trouble, each
@@ -23,7 +24,6 @@ SILENT_S = 20                                     # without a sign of a machine 
 ASK_S = 5                                         # between two askings, and two tries at a tunnel
 GRACE_S = 15                                      # between a node's failure and ending the others
 END_S = 15                                        # for a machine to be told to end
-LOST = 255                                        # the exit status of a node of which nothing is left
 
 
 class RemoteJob:
@@ -46,6 +46,7 @@ class RemoteJob:
         self._silent: set[int] = set()            # nodes whose silence was told
         self._kill_at: float | None = None        # set when a node failed: when the others are ended
         self._told: set[int] = set()
+        self._ended: set[int] = set()             # nodes that were told to end
         self._over = threading.Event()
         works: list[Callable[[], None]] = [*(partial(self._follow, i) for i in self._nodes), self._ask,
                                            self._fetch_models, *([self._keep_tunnel] if tensorboard else [])]
@@ -60,7 +61,8 @@ class RemoteJob:
             if status is not None and i not in self._told:
                 self._told.add(i)
                 if status:
-                    self._watch.say(f"node-{i}: " + self._lost.get(i, f"ended with status {status}"))
+                    self._watch.say(f"node-{i}: " + self._lost.get(
+                        i, f"ended with status {status}" if i not in self._ended else "ended, as it was told to"))
         ended = tuple(status for status in statuses if status is not None)
         if len(ended) == len(statuses):
             return ended
@@ -111,14 +113,18 @@ class RemoteJob:
     def machines(self) -> str:
         now = time.monotonic()
         silent = [_name(i) for i, heard in self._heard.items() if now - heard > SILENT_S / 2 and i not in self._told]
-        return f"no answer from {', '.join(silent)}" if silent else f"{len(self.shells) - len(self._told)} up"
+        if not silent:
+            return f"{len(self.shells) - len(self._told)} up"
+        return f"no answer from {', '.join(silent) if len(silent) < 4 else f'{len(silent)} of {len(self.shells)}'}"
 
     def _statuses(self) -> list[int | None]:
         return [LOST if i in self._lost else self._status(i) for i in self._nodes]
 
     def _status(self, node: int) -> int | None:
         said = self._said(node)
-        return said.get("status") if said.get("state") == "ended" else None
+        if said.get("state") != "ended":
+            return None
+        return -signal.SIGTERM if node in self._ended and said["status"] == -signal.SIGKILL else said["status"]
 
     def _said(self, node: int) -> dict[str, Any]:
         said = read_node(self.run_dir / "nodes" / f"{node}.json")
@@ -222,6 +228,7 @@ class RemoteJob:
         """Tell all that has not ended to; what of it cannot be told."""
         def end(i: int) -> Trouble | None:
             try:
+                self._ended.add(i)
                 self.shells[i].run(f"touch {self._remote}/nodes/{i}.kill", timeout_s=END_S)
                 return None
             except Trouble as error:

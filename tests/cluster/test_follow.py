@@ -201,6 +201,12 @@ def test_a_node_that_fails_before_its_ranks_run_shows_its_own_log(stopped):
     assert "of yesterday" not in text
 
 
+def test_a_node_of_which_nothing_is_left_is_the_cause_and_what_the_others_say_of_it_an_echo():
+    job = FakeJob(says("=== launched\n" + torchrun_report(0, 1, 8), "node-0.log"), statuses=(1, 255))
+    assert followed(job)[1].splitlines()[0] == (
+        "Lost: node 1, and the training with it. All logs: runs/x/logs/")
+
+
 def test_on_a_terminal_progress_takes_the_place_of_the_line_before(monkeypatch):
     monkeypatch.setenv("COLUMNS", "12")
     screen = Screen(out := Terminal())

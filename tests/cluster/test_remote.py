@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from cluster import reach, remote, run
+from cluster.backends import LOST
 from cluster.rehearsal import keeper
-from cluster.remote import LOST, RemoteJob, board_port
+from cluster.remote import RemoteJob, board_port
 from cluster.run import Broken
 from tests.cluster.launching import Person, until
 from tests.cluster.sshd import needs_sshd
@@ -76,9 +77,9 @@ def logged(node: int, word: str) -> bool:
 
 def test_when_a_node_fails_the_others_are_ended_and_each_has_its_status(start):
     job, person = start(FOREVER, "exit 3", FOREVER)
-    assert statuses(job) == (-9, 3, -9)
+    assert statuses(job) == (-15, 3, -15)
     assert person.lines[0] == "node-1: ended with status 3"
-    assert sorted(person.lines[1:]) == ["node-0: ended with status -9", "node-2: ended with status -9"]
+    assert sorted(person.lines[1:]) == ["node-0: ended, as it was told to", "node-2: ended, as it was told to"]
 
 
 def test_after_a_failure_the_others_have_a_while_to_end_by_themselves(start, monkeypatch):
@@ -124,7 +125,7 @@ def test_a_node_whose_machine_was_started_anew_is_lost_rather_than_waited_for(st
     job, person = start(FOREVER, FOREVER)
     assert until(lambda: logged(1, "begun"))
     keeper.end(trio[1].root)                      # all that ran on it; it answers
-    assert statuses(job) == (-9, LOST)
+    assert statuses(job) == (-15, LOST)
     assert person.lines[0].startswith("node-1: nothing of it runs any more: the machine was started anew")
 
 
@@ -173,7 +174,7 @@ def test_a_machine_that_the_cloud_says_is_gone_is_lost_and_the_others_are_ended(
     job, person = start(FOREVER, FOREVER, gone=lambda nodes: dict.fromkeys(nodes, "taken away"))
     assert until(lambda: logged(1, "begun"))
     trio[1].stop()
-    assert statuses(job) == (-9, LOST)
+    assert statuses(job) == (-15, LOST)
     assert "node-1: taken away" in person.lines
 
 
@@ -192,7 +193,7 @@ def test_killing_ends_at_once_though_a_machine_cannot_be_told(start, trio):
     assert until(lambda: logged(1, "begun"))
     trio[1].stop()
     job.kill()
-    assert statuses(job) == (-9, LOST)
+    assert statuses(job) == (-15, LOST)
     assert any(line.startswith("node-1: it could not be told to end, and may go on: ssh: connect") for line in
                person.lines)
 
