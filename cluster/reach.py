@@ -120,8 +120,9 @@ def training_requirements(text: str) -> list[str]:
 
 def pips_reason(err: str) -> str:
     """What pip says it is, else the last words."""
-    errors = [line for line in err.splitlines() if line.startswith("ERROR: ")]
-    return "\n".join(errors[:3] or err.strip().splitlines()[-3:]) or "without a word"
+    errors = [line for line in err.splitlines() if line.startswith("ERROR: ")][:3]
+    broken = re.findall(r"^WARNING: Retrying .* after connection broken by (.*)", err, re.M)[-1:]
+    return "\n".join([*errors, *broken] or err.strip().splitlines()[-3:]) or "without a word"
 
 
 def start(shells: Sequence[Shell], run_dir: str, launches: Sequence[Mapping], files: Mapping[str, str] | None = None, *,
