@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import zipfile
 from collections.abc import Iterator
 
 import pytest
@@ -55,3 +56,22 @@ def trio(module_trio):
         for path in [*machine.bin.iterdir(), machine.root / "var/lib/txl/lease/hold"]:
             path.unlink(missing_ok=True)
         shutil.rmtree(machine.home / "txl", ignore_errors=True)
+
+
+@pytest.fixture
+def index(tmp_path):
+    """A package index in a folder, with packages that hold next to nothing."""
+    def make(**versions: str) -> str:
+        for name, version in versions.items():
+            folder, info = tmp_path / "index" / name, f"{name}-{version}.dist-info"
+            folder.mkdir(parents=True)
+            wheel = f"{name}-{version}-py3-none-any.whl"
+            with zipfile.ZipFile(folder / wheel, "w") as archive:
+                archive.writestr(f"{name}/__init__.py", f"__version__ = '{version}'\nclass cuda:\n"
+                                                        f"    def is_available(): return True\n")
+                archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+                archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+                archive.writestr(f"{info}/RECORD", "")
+            (folder / "index.html").write_text(f'<a href="{wheel}">{wheel}</a>')
+        return f"file://{tmp_path}/index"
+    return make

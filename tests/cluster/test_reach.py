@@ -5,7 +5,6 @@ import json
 import re
 import shutil
 import time
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -40,25 +39,6 @@ def test_what_training_needs_is_a_part_of_the_requirements():
     here = (Path(__file__).resolve().parents[2] / "requirements.txt").read_text()
     assert [re.match(r"\w+", line)[0] for line in reach.training_requirements(here)] == list(reach.TRAINING)
     assert all(re.search("[>=]", line) for line in reach.training_requirements(here))
-
-
-@pytest.fixture
-def index(tmp_path):
-    """A package index in a folder, with packages that hold next to nothing."""
-    def make(**versions: str) -> str:
-        for name, version in versions.items():
-            folder, info = tmp_path / "index" / name, f"{name}-{version}.dist-info"
-            folder.mkdir(parents=True)
-            wheel = f"{name}-{version}-py3-none-any.whl"
-            with zipfile.ZipFile(folder / wheel, "w") as archive:
-                archive.writestr(f"{name}/__init__.py", f"__version__ = '{version}'\nclass cuda:\n"
-                                                        f"    def is_available(): return True\n")
-                archive.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-                archive.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-                archive.writestr(f"{info}/RECORD", "")
-            (folder / "index.html").write_text(f'<a href="{wheel}">{wheel}</a>')
-        return f"file://{tmp_path}/index"
-    return make
 
 
 @pytest.fixture

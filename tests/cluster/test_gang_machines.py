@@ -1,0 +1,239 @@
+"""What can go wrong with machines that came: the launch says which one lacks what, and what it took is given back or
+stays for a while, guarded by its own watchdog."""
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import boto3
+import pytest
+
+from cluster import aws, gang, reach, ready, remote
+from cluster.__main__ import main as cluster
+from cluster.backends import LOST
+from cluster.gang import Launch
+from cluster.journal import Journal
+from cluster.plan import Plan
+from cluster.rehearsal.bench import Bench
+from cluster.rehearsal.hosts import Host, Knobs
+from cluster.run import Broken, Stopped
+from tests.cluster.launching import Person, launched, needs_machines, plan_of, requests, until
+from tests.cluster.sshd import BARE_PYTHON
+
+STAY = "The machines stay for 20 minutes: once it is mended, the same command takes them"
+pytestmark = needs_machines
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch):
+    monkeypatch.setitem(ready.wait_ready.__kwdefaults__, "patience_s", .2)
+
+
+# --- machines that are not fit ---
+
+@pytest.mark.parametrize(("kind", "knobs", "said"), [
+    ("p4d.24xlarge", [Knobs(gpus=7), Knobs(efa=False)],
+     [r"node-0: 7 of 8 GPUs are there", r"node-1: EFA was asked for and is not there \(fi_info: fi_getinfo: -61"]),
+    ("p4d.24xlarge", [Knobs(gpus=0), Knobs(clock_off_s=86400)],
+     [r"node-0: 0 of 8 GPUs are there \(nvidia-smi: NVIDIA-SMI has", r"node-1: its clock is 86[34]\d\d s ahead"]),
+    ("c5.xlarge", [Knobs(init_status="error"), Knobs(clock_off_s=-86400)],
+     [r"node-0: cloud-init failed: status: error", r"node-1: its clock is 86[34]\d\d s behind ours"]),
+    ("c5.xlarge", [Knobs(answers=False), Knobs(init_s=2, drops_after_s=1)],
+     [r"node-0: not ready after 4 s: ssh: connect to host 127\.\S+ port \d+: Connection refused",
+      r"node-1: not ready after 4 s: .*(Connection refused|closed|ended)"]),
+], ids=["a GPU and EFA missing", "driver and clock", "cloud-init and clock", "silent from the start and after a while"])
+def test_each_machine_is_named_with_what_it_lacks_and_all_are_given_back(bench, monkeypatch, kind, knobs, said):
+    monkeypatch.setattr(gang, "READY_S", 4 if not knobs[0].answers else 60)
+    bench.hosts.next = knobs
+    with pytest.raises(Broken, match=rf"(?s){'.*'.join(said)}.*The 2 machine\(s\) of this launch are terminated"):
+        aws.apply(plan_of(bench, kind=kind), Person())
+    assert bench.alive() == []
+
+
+def test_machines_at_addresses_of_earlier_ones_are_taken_for_what_they_are(bench, monkeypatch):
+    monkeypatch.setattr(bench.world, "reuse_addresses", True)
+    configs = []
+    for _ in range(2):
+        launched(bench)
+        assert until(lambda: not bench.billable())
+        configs.append((Journal("two").folder / "ssh_config").read_text())
+    first, second = ({line.split()[1] for line in config.splitlines() if "HostName" in line} for config in configs)
+    assert first == second                        # the same places, other host keys
+
+
+def standing(bench: Bench, *more: str) -> list[str]:
+    """Two machines that a launcher has left ready behind, as one that is killed; their ids."""
+    machines = Launch(plan_of(bench, *more), Journal("two"), Person()).gang()[1]
+    return [host.alias for host in machines]
+
+
+def test_machines_that_were_stopped_and_started_are_reached_at_their_new_addresses(bench):
+    ids = standing(bench, "--nospot")
+    config = Journal("two").folder / "ssh_config"
+    before = config.read_text()
+    assert cluster(["stop", "two", "--yes"]) == 0
+    assert until(lambda: {machine.state for machine in bench.alive()} == {"stopped"})
+    assert cluster(["start", "two", "--yes"]) == 0
+    with pytest.raises(Stopped, match=r"The 2 machine\(s\) that were up already stay"):
+        aws.apply(plan_of(bench, "--nospot"), Person("Bringing the code"))
+    assert len(requests(bench)) == 1
+    for machine in bench.alive():
+        assert machine.id in ids
+        assert f"HostName {machine.public}\n" not in before
+        assert f"HostName {machine.public}\n" in config.read_text()
+
+
+def test_a_machine_that_shows_another_host_key_than_before_is_not_talked_to_and_left_alone(bench):
+    bench.hosts.next = [Knobs(), Knobs(new_host_key=True)]
+    ids = standing(bench, "--nospot")
+    boto3.client("ec2").reboot_instances(InstanceIds=ids[1:])
+    assert until(lambda: bench.hosts[ids[1]].booted)
+    with pytest.raises(Broken, match=r"(?s)node-1: another machine answers at its address, or its host key was "
+                                     r"replaced: ssh refuses.*The 2 machine\(s\) that were up already stay"):
+        aws.apply(plan_of(bench, "--nospot"), Person())
+    assert [machine.id for machine in bench.alive()] == ids
+
+
+# --- what they are brought ---
+
+@contextlib.contextmanager
+def small_disk(at: Path, options: str) -> Iterator[None]:
+    """A file system of its own at a folder. Skips where that is not allowed."""
+    at.mkdir(parents=True, exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "small", at], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", at], check=True)
+
+
+@pytest.mark.parametrize(("node", "options", "said"), [
+    (0, "size=200k", "No space left on device"), (1, "size=200k", "No space left on device"),
+    (0, "nr_inodes=20", "No space left on device"), (1, "ro", "Read-only file system")])
+def test_where_the_code_finds_no_room_the_machine_is_named_and_the_machines_stay(bench, node, options, said):
+    disks = contextlib.ExitStack()
+
+    def replace_disk() -> None:
+        machine = next(x for x in bench.alive() if x.node == node)
+        disks.enter_context(small_disk(bench.hosts[machine.id].home / "txl", options))
+
+    with disks, pytest.raises(Broken, match=f"(?s)node-{node}: .*{said}.*{STAY}"):
+        aws.apply(plan_of(bench), Hook("Bringing the code", replace_disk))
+    assert len(bench.alive()) == 2                # and they are guarded: the fixture asks
+
+
+class Hook(Person):
+    """Does something once a line is said, and stays."""
+
+    def interrupted(self) -> bool:
+        return False
+
+
+def of_index(plan: Plan, index: str) -> Plan:
+    """The plan where torch comes from an index of one's own."""
+    facts = plan.layout.facts
+    return replace(plan, layout=replace(plan.layout, facts=replace(facts, stack=replace(facts.stack, index_url=index))))
+
+
+def bare(host: Host, index: str) -> None:
+    """Its python has no packages, and pip looks for the rest in this index."""
+    (host.root / "bin/python3").unlink(missing_ok=True)
+    (host.root / "bin/python3").symlink_to(BARE_PYTHON)
+    (host.home / ".config/pip").mkdir(parents=True, exist_ok=True)
+    (host.home / ".config/pip/pip.conf").write_text(f"[global]\nindex-url = {index}\nretries = 1\n")
+
+
+@pytest.mark.slow
+def test_what_pip_says_is_told_and_once_that_is_mended_the_same_command_goes_on_with_the_same_machines(bench, index):
+    def plan(index: str) -> Plan:
+        return of_index(replace(plan_of(bench), terms=replace(plan_of(bench).terms, skip_setup=False)), index)
+
+    def prepare(index: str) -> None:
+        for machine in bench.alive():
+            bare(bench.hosts[machine.id], index)
+
+    nowhere = "http://127.0.0.1:9"                # nobody listens at this port of the system's
+    with pytest.raises(Broken, match=rf"(?s)node-0: the installation failed: .*torch==.*Connection refused.*{STAY}"):
+        aws.apply(plan(nowhere), Hook("Bringing the code", lambda: prepare(nowhere)))
+    ids = [machine.id for machine in bench.alive()]
+    assert len(ids) == 2
+    there = index(torch="2.13.0", numpy="2.4.0", tensorboard="2.20.0")
+    prepare(there)
+    with pytest.raises(Broken, match=rf"(?s)the installation failed: ERROR: .*tokenizers.*{STAY}"):
+        aws.apply(plan(there), Person())
+    index(tokenizers="0.22.0")
+    with pytest.raises(Stopped, match=r"The 2 machine\(s\) that were up already stay"):
+        aws.apply(plan(there), Person("Copying it to 1 more"))
+    assert [machine.id for machine in bench.alive()] == ids
+    assert len(requests(bench)) == 1
+
+
+# --- while they work ---
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Following in tenths of seconds, of trainings that are a line of shell."""
+    for name, seconds in {"FETCH_S": .1, "FETCH_OTHERS_S": .2, "ASK_S": .2, "SILENT_S": 2, "GRACE_S": .3}.items():
+        monkeypatch.setattr(remote, name, seconds)
+    monkeypatch.setattr(gang, "node_command", lambda *_: ("sh", "-c", "echo begun; exec sleep 1000"))
+    monkeypatch.setattr(Launch, "bring_inputs", lambda *_: None)
+    monkeypatch.setattr(reach, "setup", lambda *_, **__: "python3")
+
+
+def test_a_machine_that_is_started_anew_is_lost_to_the_training_but_not_to_its_watchdog_and_then_taken_again(
+        bench, quick):
+    person = Person()
+    job = aws.apply(plan_of(bench), person)
+    first, second = (bench.hosts[machine.id] for machine in bench.alive())
+    bench.advance(900)
+    ages = [second.root / "var/lib/txl" / name for name in ("age.json", "deadline.json")]
+    assert until(lambda: json.loads(ages[0].read_text())["age"] > 900)
+    boto3.client("ec2").reboot_instances(InstanceIds=[second.id])
+    assert until(lambda: job.poll() is not None, 30)
+    assert job.poll() == (-15, LOST)
+    assert any(line.startswith("node-1: nothing of it runs any more: the machine was started anew") for line in
+               person.lines)
+    job.close()
+    assert until(lambda: bench.unguarded() == [])
+    assert json.loads(ages[0].read_text())["age"] > 900
+    again = aws.apply(plan_of(bench), person)
+    assert until(lambda: all((host.home / f"txl/runs/two/nodes/{i}.json").read_text().count("running")
+                             for i, host in enumerate((first, second))))
+    assert again.poll() is None
+    assert again.launch != job.launch
+    assert len(requests(bench)) == 1
+    again.kill()
+    assert until(lambda: again.poll() is not None)
+    again.close()
+
+
+def test_a_machine_that_is_stopped_amid_the_training_is_said_to_be_and_the_others_do_not_wait(bench, quick):
+    person = Person()
+    job = aws.apply(plan_of(bench, "--nospot"), person)
+    last = bench.alive()[1].id
+    boto3.client("ec2").stop_instances(InstanceIds=[last])
+    assert until(lambda: job.poll() is not None, 30)
+    assert job.poll() == (-15, LOST)
+    assert any(re.match("node-1: its machine is stop(ping|ped)", line) for line in person.lines)
+    job.close()
+    boto3.client("ec2").terminate_instances(InstanceIds=[last])
+
+
+def test_another_launcher_follows_a_training_that_one_has_left_and_sees_its_end(bench, quick, monkeypatch):
+    monkeypatch.setattr(gang, "node_command", lambda *_: ("sh", "-c", "while [ ! -e go ]; do sleep .1; done"))
+    aws.apply(plan_of(bench), Person())._over.set()
+    person = Person()
+    job = aws.apply(plan_of(bench), person)
+    assert "It is training there already: following it." in person.lines
+    for machine in bench.alive():
+        (bench.hosts[machine.id].home / "txl/go").touch()
+    assert until(lambda: job.poll() is not None, 20)
+    assert job.poll() == (0, 0)
+    job.close()
