@@ -57,6 +57,7 @@ def test_each_machine_is_named_with_what_it_lacks_and_all_are_given_back(bench, 
 
 def test_machines_at_addresses_of_earlier_ones_are_taken_for_what_they_are(bench, monkeypatch):
     monkeypatch.setattr(bench.world, "reuse_addresses", True)
+    monkeypatch.setattr(bench.world.public, "free", [])
     configs = []
     for _ in range(2):
         launched(bench)
