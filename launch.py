@@ -95,6 +95,9 @@ def main(argv: list[str]) -> int:
     except Stopped as error:
         print(error, file=sys.stderr)
         return STOPPED
+    except KeyboardInterrupt:                     # before there was a follower, which counts them
+        print("\nNothing was started.", file=sys.stderr)
+        return STOPPED
     except OSError as error:
         misuse(f"{run.why(error)}. Nothing was started.\n{run.MEND}")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -46,7 +45,6 @@ class Facts:
     account: Account | None = None
     zones: tuple[str, ...] = ()                   # best first
     spot_usd: dict[str, float] | None = None      # of one machine, by zone
-    spent_usd: float = 0.0                        # by earlier machines of this run
 
 
 def survey(wish: Wish) -> Facts:
@@ -67,8 +65,8 @@ def survey(wish: Wish) -> Facts:
         scores = cloud.scores(kind.name, machines.count) if machines.spot and not existing else {}
         account = Account(cloud, cloud.image(terms.image or stack.image), network,
                           terms.ssh_cidr or ec2.caller_address(), cloud.key_pair(owner))
-        return Facts(terms, owner, kind, stack, existing, account, ladder.order_zones(zones, scores, spot_usd),
-                     spot_usd, Journal(wish.name).spent(time.time()))
+        best_first = ladder.order_zones(zones, scores, spot_usd)
+        return Facts(terms, owner, kind, stack, existing, account, best_first, spot_usd)
     except CallFailed as error:
         raise Refused(f"{error}\nNothing was started.") from error
     except Refused:

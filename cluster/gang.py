@@ -20,7 +20,7 @@ from cluster import deliver, doors, ec2, ladder, reach, ready, run, ssh
 from cluster.aws import Facts, config_hash, estimated, limit_hours, node_command, refuse_others, uses_efa
 from cluster.backends import Watch, Wish
 from cluster.boot import Limits, user_data
-from cluster.ec2 import CallFailed, Instance
+from cluster.ec2 import CallFailed, Instance, Thing
 from cluster.journal import Journal, home
 from cluster.local import CHECKOUT
 from cluster.plan import Node, Plan
@@ -31,6 +31,7 @@ from cluster.stacks import installation
 from engine.values import to_json
 
 COMING_S, READY_S = 600, 900                      # until machines run, and until they are ready, at most
+WORTH_S = 600                                     # machines that a budget holds for less are not launched
 SHOWN_S = 30                                      # after a launch, until EC2 shows its machines to every question
 SPOT_MARGIN = 1.2                                 # a budget counts spot at this times its price now, and pays no more
 
@@ -51,6 +52,7 @@ class Launch:
         self.terms, self.count = plan.terms, plan.config.machines.count
         self.group_name = f"txl-{facts.owner}-{plan.name}"
         self.ours: list[str] = []                 # what this launch itself has started
+        self.asked = False                        # for machines of its own
         self.found = 0                            # machines that were up already
         self.ready = False                        # machines are there and in order
 
@@ -63,12 +65,13 @@ class Launch:
         except Interrupted as error:
             raise Stopped(f"Given up. {self.roll_back()}") from error
         except Refused as error:
-            raise Refused(f"{error}\n{self.roll_back()}") from error
+            said = self.roll_back()
+            raise (Broken if self.ours or self.journal.unanswered() else Refused)(f"{error}\n{said}") from error
         except (Trouble, Broken, CallFailed, OSError) as error:
             if self.ready:                        # capacity is hard to come by, and what is wrong now can be mended
                 raise Broken(f"{error}\nThe machines stay for 20 minutes: once it is mended, the same command takes "
                              f"them. To end them now:  python -m cluster kill {self.plan.name}") from error
-            raise Broken(f"{error}\n{self.roll_back()}") from error
+            raise (Broken if self.asked or self.found else Refused)(f"{error}\n{self.roll_back()}") from error
         except BaseException:                     # a fault of ours must not cost money either
             self.roll_back()
             raise
@@ -102,9 +105,17 @@ class Launch:
     def adopted(self) -> list[Instance]:
         """The machines of this name that are up already, those of a launcher that died after asking too."""
         self.recovered()
-        existing = self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner)
-        refuse_others(self.wish, existing)
+        expected = self.journal.machines()        # by id, and when they were launched
+        while True:
+            existing = self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner)
+            missing = expected.keys() - {x.id for x in existing}
+            if not any(expected[id] + SHOWN_S > time.time() for id in missing):
+                break
+            self.sleep(1)
         self.found = len(existing)
+        self.journal.note("gone", ids=sorted(missing))
+        self.journal.note("seen", ids=[x.id for x in existing], until=None)
+        refuse_others(self.wish, existing)
         if existing:
             self.watch.say(f"{len(existing)} machine(s) of {self.plan.name} are up already: taking these.")
             self.security_group(existing[0].tags)
@@ -148,13 +159,16 @@ class Launch:
             if price_cap is not None:
                 request["InstanceMarketOptions"]["SpotOptions"]["MaxPrice"] = f"{price_cap:.4f}"
             price = {"usd_per_hour": rate or 0.0, "until": min(expires, time.time() + (budget_s or max_s))}
+            self.asked = True
             self.journal.note("intent", token=token, market=move.market, zone=move.zone, count=self.count, **price)
             self.watch.say(f"Asking for {self.count} x {facts.type.name}, {ladder.NAMES[move.market]}, {move.zone}.")
             try:
                 machines = self.cloud.run_instances(request)
             except CallFailed as error:
-                attempts.append(ladder.Attempt(move.market, move.zone, error.verdict, error.code, error.said,
-                                               time.time()))
+                said = error.said
+                if error.verdict == "quota":
+                    said += f" (Service Quotas: {ec2.quota(facts.type.name, move.market)})"
+                attempts.append(ladder.Attempt(move.market, move.zone, error.verdict, error.code, said, time.time()))
                 if error.verdict not in ladder.AGAIN:
                     self.journal.note("answer", token=token, ids=[])
                 self.watch.say(f"  {error.code}")
@@ -190,9 +204,10 @@ class Launch:
                            "longer for spot, --wait=MINUTES.")
         estimate = estimated(self.facts, self.plan.config, self.plan.layout.ranks, spot=False)
         total = None if estimate is None else estimate.total_usd
-        if self.terms.budget is None or (total is not None and total + self.facts.spent_usd <= self.terms.budget):
+        if self.terms.budget is None or total is None:            # unknown: then the machines alone hold the budget
             return True, ""
-        return False, f"On demand it would not fit into --budget={self.terms.budget:g}"
+        left = self.terms.budget - self.journal.spent(time.time())
+        return total <= left, f"On demand it would cost ${total:.2f} in all, and of --budget ${left:.2f} are left."
 
     def rate_of(self, market: str, zone: str) -> tuple[float | None, float | None]:
         """What all machines cost an hour at most, and the highest bid for one of them where a budget depends on it."""
@@ -205,16 +220,17 @@ class Launch:
         return (rate, None) if now is None else (rate + self.count * now * (SPOT_MARGIN - 1), now * SPOT_MARGIN)
 
     def budget_s(self, rate: float | None) -> float | None:
-        """How long the machines may live for the run to stay within its budget. Raises Refused where it is used up."""
+        """How long the machines may live for the run to stay within its budget. Raises Refused where that is no use."""
         if self.terms.budget is None:
             return None
         if rate is None:
             raise Refused(f"--budget cannot be held: what a {self.facts.type.name} costs is not known")
-        left = self.terms.budget - self.facts.spent_usd
-        if left <= 0:
-            raise Refused(f"{self.plan.name} has cost ${self.facts.spent_usd:.2f}, and --budget is "
-                          f"${self.terms.budget:.2f}. Give a higher one to go on")
-        return 3600 * left / rate
+        spent = self.journal.spent(time.time())
+        seconds = 3600 * (self.terms.budget - spent) / rate
+        if seconds < WORTH_S:
+            raise Refused(f"{self.plan.name} has cost ${spent:.2f}, and --budget is ${self.terms.budget:.2f}: not "
+                          f"{WORTH_S // 60} minutes more at ${rate:.2f} per hour. Give a higher one to go on")
+        return seconds
 
     def running(self, machines: list[Instance]) -> list[Instance]:
         """The machines once all run. What was just launched may be invisible for a while."""
@@ -359,7 +375,8 @@ class Launch:
             self.watch.say(f"Whether the machines are still there cannot be asked: {error}")
             return
         now, rates = time.time(), self.journal.notes("launched")
-        self.journal.note("seen", ids=[x.id for x in left])
+        lingering_s = 60 * max(self.terms.minutes_after_success, self.terms.minutes_after_failure)
+        self.journal.note("seen", ids=[x.id for x in left], until=now + lingering_s)
         for x in left:
             hourly = next((n["usd_per_hour"] / len(n["ids"]) for n in rates if x.id in n["ids"]), None)
             hours = (now - x.launched) / 3600
@@ -376,11 +393,11 @@ class Launch:
         """Ends what this launch has started. Returns what is to say about it."""
         try:
             ended = self.end_ours()
-            left = self.tidied(5 if ended else 0)
         except CallFailed as error:
             who = ", ".join(self.ours) or "what was asked for"
             return (f"{error.action}: {error.code}. So {who} may still run; each machine powers itself off within 20 "
                     f"minutes. To end them:  python -m cluster kill {self.plan.name}")
+        left = self.tidied(5 if ended else 0)
         said = f"The {ended} machine(s) of this launch are terminated." if ended else (
             f"The {self.found} machine(s) that were up already stay. To end them:  python -m cluster kill "
             f"{self.plan.name}" if self.found else "Nothing of this launch is left.")
@@ -401,17 +418,24 @@ class Launch:
     def tidied(self, wait_s: float) -> list[str]:
         """Takes away groups and addresses, which can go once the machines are really gone. Returns what is left."""
         deadline = time.monotonic() + wait_s
-        while not self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner):
-            left = []
-            for thing in self.cloud.leftovers(owner=self.facts.owner, cluster=self.plan.name):
-                try:
-                    self.cloud.remove(thing)
-                except CallFailed:
-                    left.append(f"{thing.what} {thing.id}")
+        while True:
+            try:
+                if self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner):
+                    return []                     # and what they use
+                things = self.cloud.leftovers(owner=self.facts.owner, cluster=self.plan.name)
+            except CallFailed as error:
+                return [f"its groups perhaps ({error.action}: {error.code})"]
+            left = [f"{thing.what} {thing.id}" for thing in things if not self.removed(thing)]
             if not left or time.monotonic() > deadline:
                 return left
             time.sleep(.5)
-        return []
+
+    def removed(self, thing: Thing) -> bool:
+        try:
+            self.cloud.remove(thing)
+        except CallFailed:                        # in use, most likely, until the machines are really gone
+            return False
+        return True
 
     # --- small things ---
 

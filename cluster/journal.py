@@ -64,14 +64,22 @@ class Journal:
         answered = {note["token"] for note in self.notes("answer")}
         return [note for note in self.notes("intent") if note["token"] not in answered]
 
+    def machines(self) -> dict[str, float]:
+        """Those launched and not known to be gone, by id, and when they were launched."""
+        gone = {i for note in self.notes("gone") for i in note["ids"]}
+        return {i: note["at"] for note in self.notes("launched") for i in note["ids"] if i not in gone}
+
     def spent(self, now: float) -> float:
         """Dollars that this cluster's machines have cost at most. What nobody saw go counts up to its own deadline."""
-        gone = {i: note["at"] for note in self.notes("gone") for i in note["ids"]}
+        gone: dict[str, float] = {}
+        for note in self.notes("gone"):
+            gone = dict.fromkeys(note["ids"], note["at"]) | gone              # the first who noticed
+        until = {i: note["until"] for note in self.notes("seen") for i in note["ids"]}      # as it was seen last
         total = 0.0
         for launch in self.notes("launched"):
             hourly = launch["usd_per_hour"] / len(launch["ids"])
             for i in launch["ids"]:
-                end = min(gone.get(i, now), now, launch["until"])
+                end = min(gone.get(i, now), now, until.get(i) or launch["until"])
                 total += hourly * max(0.0, end - launch["at"]) / 3600
         return total
 

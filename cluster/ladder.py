@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.ec2 import NOT_HERE, Market, Verdict
+from cluster.ec2 import ADVICE, NOT_HERE, Market, Verdict
 
 BACKOFF_S, BACKOFF_MAX_S = 15, 120                # before the second round; doubled before each one after
 PATIENCE = 6                                      # times in a row that AWS may give no answer to the same question
@@ -57,7 +57,8 @@ def next_move(attempts: Sequence[Attempt], *, spot: bool, zones: tuple[str, ...]
         return GiveUp("No zone offers these machines.")
     last = attempts[-1] if attempts else None
     if last and last.verdict in HOPELESS:
-        return GiveUp(f"EC2 refused the launch, and would anywhere: {last.code}: {last.said}")
+        return GiveUp("\n".join([f"EC2 refused the launch, and would anywhere: {last.code}: {last.said}",
+                                 *([ADVICE[last.verdict]] if last.verdict in ADVICE else [])]))
     if last and last.verdict in AGAIN:
         unanswered = _unanswered(attempts)
         if unanswered >= PATIENCE:

@@ -57,6 +57,7 @@ def launched(*argv: str) -> int | None:
     (["--config=tiny", "--set", "recipe.optm.lr=1"], "Recipe has no field 'optm'. Did you mean 'optim'?"),
     (["--config=tiny", "--set", "recipe.optim.lr=fast"], "recipe.optim.lr takes a number or LinearLr, not 'fast'"),
     (["--config=tiny", "--set", "recipe.stop.max_steps=0"], "must be at least 1"),
+    (["--config=tiny", "--name="], "--name= is empty"),
     (["--config=tiny", "--name=../up"], "'../up' cannot be a run's name"),
     (["--config=tiny", "--name=.."], "'..' cannot be a run's name"),
     (["--config=tiny", "--name=a b"], "cannot be a run's name"),

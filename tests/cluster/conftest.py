@@ -39,6 +39,10 @@ def bench(stage, tmp_path, monkeypatch) -> Iterator[Bench]:
         for machine in stage.alive():
             stage.world.end(machine)
     assert until(lambda: not stage.billable())
+    stage.ec2.groups.clear()
+    for vpc in stage.ec2.backend.groups.values():
+        for id in [group.id for group in vpc.values() if group.name != "default"]:
+            del vpc[id]
     assert unguarded == []
 
 

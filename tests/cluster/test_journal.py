@@ -50,6 +50,22 @@ def test_machines_cost_from_their_launch_until_they_were_seen_gone_or_until_thei
     assert notes.spent(now=1e9) == pytest.approx(10 * 1 + 10 * 4)
 
 
+def test_what_was_seen_last_bounds_what_machines_cost_and_the_first_who_missed_them_counts(monkeypatch):
+    notes, clock = Journal("x"), [0.0]
+    monkeypatch.setattr(journal.time, "time", lambda: clock[0])
+    notes.note("launched", ids=["i-1", "i-2"], usd_per_hour=20.0, until=24 * 3600)
+    clock[0] = 3600.0
+    notes.note("seen", ids=["i-1", "i-2"], until=2 * 3600)        # the training has ended: an hour to go
+    assert notes.spent(now=1e9) == pytest.approx(2 * 20)
+    notes.note("seen", ids=["i-1"], until=None)                   # taken once more: as long as its launch allows
+    assert notes.spent(now=1e9) == pytest.approx(10 * 24 + 10 * 2)
+    assert notes.machines() == {"i-1": 0.0, "i-2": 0.0}
+    for clock[0] in (5 * 3600.0, 9 * 3600.0):
+        notes.note("gone", ids=["i-1"])
+    assert notes.spent(now=1e9) == pytest.approx(10 * 5 + 10 * 2)
+    assert notes.machines() == {"i-2": 0.0}
+
+
 def test_one_launcher_at_a_time_and_a_killed_one_leaves_no_lock():
     script = ("import sys, time; from cluster.journal import Journal\n"
               "with Journal('x').alone('launched'):\n print('here', flush=True); time.sleep(60)")
