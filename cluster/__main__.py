@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster import verbs, verbs_mosh, verbs_ssh, verbs_sync
+from cluster import smoke, verbs, verbs_mosh, verbs_ssh, verbs_sync
 from cluster.ec2 import CallFailed
 from cluster.follow import FAILED, FINISHED, STOPPED
 from cluster.run import Refused, why
@@ -68,6 +68,8 @@ VERBS = {
     "prices": Verb("[TYPE]", "what machines cost on demand, by the list and its date", verbs.Listing,
                    verbs.list_prices),
     "keys": Verb("", "the public key that machines get, and where it is", verbs.Nothing, verbs.keys),
+    "smoke": Verb("", "whether a launch works with your account: two machines for minutes, and a verdict",
+                  smoke.Smoking, smoke.smoke),
     "gc": Verb("", "end what is past its deadline, remove what ended clusters left", verbs.Sweeping, verbs.gc),
 }
 

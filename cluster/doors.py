@@ -8,17 +8,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from types import FrameType
 
+from cluster import interrupts
 from cluster.ec2 import CallFailed, Cloud, Door
 from cluster.journal import Journal, owner_name
 from cluster.run import Refused
-
-ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @contextlib.contextmanager
@@ -34,20 +31,15 @@ def opened(cloud: Cloud, cluster: str, cidr: str, ports: Iterable[int]) -> Itera
         else:
             raise Refused(f"No UDP port for mosh is free on this machine of {cluster}. End one that is in use")
         door = cloud.door(owner_name(), cluster, port, cidr)
-        handlers = {number: signal.signal(number, _interrupt) for number in ENDS}
+        stack.enter_context(interrupts.as_ctrl_c())
         try:
             os.write(lock, b"open")
             cloud.open_door(door)
             yield door
         finally:
-            for number in ENDS:
-                signal.signal(number, signal.SIG_IGN)             # the closing is not broken off
-            try:
+            with interrupts.unheard():
                 if _closed(cloud, door):
                     os.truncate(lock, 0)
-            finally:
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
 
 
 def in_use(cluster: str) -> set[int]:
@@ -115,7 +107,3 @@ def _locked(path: Path) -> Iterator[int | None]:
             yield file
     finally:
         os.close(file)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
