@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +20,8 @@ class Launcher:
 
     def __init__(self, command: Sequence[str], log: Path, *, cwd: Path, env: Mapping[str, str] | None = None,
                  show: Callable[[str], object] = lambda line: None):
-        self.log, self._tail, self._show, self._lines = log, Tail(log), show, list[str]()
+        self._tail, self._show, self._lines = Tail(log), show, list[str]()
+        self._said = deque[str](maxlen=3)
         with open(log, "ab") as out:
             self._process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out,
                                              stderr=subprocess.STDOUT)
@@ -35,25 +37,26 @@ class Launcher:
             ended = not self.runs
             self._lines += self._tail.lines()
             while self._lines:
-                self._show(line := self._lines.pop(0))
-                if found := re.search(marker, line):
+                if found := re.search(marker, self._next()):
                     return found
-            if ended:
-                raise Broken(f"the launcher ended with status {self._process.returncode} before it said {marker!r}")
-            if time.monotonic() > deadline:
-                raise Broken(f"the launcher did not say {marker!r} in {timeout_s:g} s")
+            if ended or time.monotonic() > deadline:
+                how = f"ended with status {self._process.returncode}" if ended else f"went on for {timeout_s:g} s"
+                raise Broken(f"the launcher {how} without a word of {marker!r}. Its last: {' / '.join(self._said)}")
             time.sleep(POLL_S)
 
     def wait(self, timeout_s: float) -> int:
         """Its exit status. Raises Broken where it does not end."""
         deadline = time.monotonic() + timeout_s
-        while self.runs:
-            self._tell()
+        while True:
+            ended = not self.runs
+            self._lines += self._tail.lines()
+            while self._lines:
+                self._next()
+            if ended:
+                return self._process.returncode
             if time.monotonic() > deadline:
-                raise Broken(f"the launcher did not end in {timeout_s:g} s")
+                raise Broken(f"the launcher did not end in {timeout_s:g} s. Its last: {' / '.join(self._said)}")
             time.sleep(POLL_S)
-        self._tell()
-        return self._process.returncode
 
     def ctrl_c(self) -> None:
         self._process.send_signal(signal.SIGINT)
@@ -62,7 +65,8 @@ class Launcher:
         self._process.kill()
         self._process.wait()
 
-    def _tell(self) -> None:
-        for line in [*self._lines, *self._tail.lines()]:
-            self._show(line)
-        self._lines = []
+    def _next(self) -> str:
+        line = self._lines.pop(0)
+        self._said.append(line)
+        self._show(line)
+        return line

@@ -7,9 +7,7 @@ and what is left is counted.
 from __future__ import annotations
 
 import math
-import re
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -17,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from cluster.driven import Launcher
 from cluster.local import CHECKOUT
 from cluster.prices import Spell, bill
 from cluster.rehearsal.bench import Bench
@@ -26,6 +25,7 @@ from engine.values import nearest
 
 KIND_FOR_LOCAL = "c5.xlarge"                      # of a config that is for the machine one types on
 NAME = "rehearsal"
+LAUNCH_S = 600                                    # for a launcher to come to what is waited for
 PATIENCE_S = 20                                   # for watchdogs to act once their time has come
 
 
@@ -77,14 +77,11 @@ class Stage:
     def start(self, *more: str, stdout: int | None = None) -> subprocess.Popen[str]:
         return subprocess.Popen([*self.command, *more], cwd=self.folder, env=self.bench.env, stdout=stdout, text=True)
 
-    def launch_until(self, marker: str) -> subprocess.Popen[str]:
-        """The launcher, once it has printed a line with `marker`."""
-        launcher = self.start(stdout=subprocess.PIPE)
-        assert launcher.stdout is not None
-        for line in launcher.stdout:
-            print(line, end="", flush=True)
-            if re.search(marker, line):
-                break
+    def launch_until(self, marker: str) -> Launcher:
+        """The launcher, once it has printed a line with `marker`. Raises Broken where it does not."""
+        launcher = Launcher(self.command, self.folder / "launch.log", cwd=self.folder, env=self.bench.env,
+                            show=lambda line: print(line, flush=True))
+        launcher.until(marker, LAUNCH_S)
         return launcher
 
     def until(self, condition: Callable[[], bool], seconds: float = PATIENCE_S) -> bool:
@@ -133,8 +130,7 @@ def no_capacity(stage: Stage) -> bool:
 def launcher_dies(stage: Stage) -> bool:
     """the launcher is killed while the machines train: the same command follows them again"""
     launcher = stage.launch_until("^step ")
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
+    launcher.kill()
     print("\n(the launcher is killed; the same command again)\n", flush=True)
     return stage.launch() == 0
 
@@ -142,8 +138,7 @@ def launcher_dies(stage: Stage) -> bool:
 def launcher_dies_early(stage: Stage) -> bool:
     """the launcher is killed as soon as the machines run: their watchdogs end them, 20 minutes after boot"""
     launcher = stage.launch_until("machine.s. run")
-    launcher.send_signal(signal.SIGKILL)
-    launcher.wait()
+    launcher.kill()
     print("\n(the launcher is killed; 21 minutes later)\n", flush=True)
     if not stage.until(lambda: not stage.bench.unguarded()):
         return False
@@ -158,10 +153,7 @@ def host_dies(stage: Stage) -> bool:
     with stage.bench.ec2.lock:
         stage.bench.world.end(stage.bench.world.machines[stage.bench.instances()[-1].id], BY_SPOT)
     print("\n(the last machine is taken away)\n", flush=True)
-    assert launcher.stdout is not None
-    for line in launcher.stdout:
-        print(line, end="", flush=True)
-    return launcher.wait() == 1
+    return launcher.wait(LAUNCH_S) == 1
 
 
 DRILLS = {act.__name__: act for act in (capacity, no_capacity, launcher_dies, launcher_dies_early, host_dies)}

@@ -65,10 +65,10 @@ def smoke(words: Sequence[str], flags: Smoking) -> int:
         print(f"PASSED: launch, training, loss of the launcher, stop and end work with {kind.name} in {cloud.region}, "
               f"and nothing is left.")
         return FINISHED
-    print(f"FAILED: {failed or 'something is left'}. " + (
-        f"Left are {', '.join(left)}. Machines power themselves off within {MAX_HOURS} hour of their boot; to end all "
-        f"of it:  python -m cluster kill {trial.name}, then python -m cluster gc" if left else "Nothing is left.")
-        + f" What was said is in {trial.folder}")
+    print(f"FAILED: {failed or 'something is left'}. What was said is in {trial.folder}")
+    print(f"Left are {', '.join(left)}. Machines power themselves off within {MAX_HOURS} hour of their boot. To end it "
+          f"all:  python -m cluster kill {trial.name}, and where no machine is left:  python -m cluster gc"
+          if left else "Nothing is left.")
     return STOPPED if failed == "broken off" else FAILED
 
 

@@ -41,7 +41,7 @@ def smoked(bench, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_smoke_passes_where_all_works_with_a_line_for_each_step_and_leaves_nothing(bench, smoked, tmp_path):
     before = len(bench.instances())
-    said, _ = (program := smoked("--yes")).communicate(timeout=300)
+    said, _ = (program := smoked("--yes")).communicate(timeout=600)
     assert program.returncode == 0, said
     told = re.findall(r"^ *\d+ s  (ok|FAILED) +([^:]+): ", said, re.MULTILINE)
     assert told == [("ok", about) for about in (
@@ -55,31 +55,47 @@ def test_a_smoke_passes_where_all_works_with_a_line_for_each_step_and_leaves_not
     assert not list(tmp_path.glob("txl-smoke-*"))
 
 
-@pytest.mark.slow
-def test_a_smoke_whose_machines_cannot_be_ended_fails_and_names_what_is_left(bench, smoked, tmp_path):
-    bench.ec2.fail("TerminateInstances", "UnauthorizedOperation", times=math.inf, status=403)
-    said, _ = (program := smoked("--yes")).communicate(timeout=300)
+def test_a_smoke_whose_launch_fails_says_so_and_names_what_is_left(bench, smoked):
+    bench.ec2.fail("RunInstances", "UnauthorizedOperation", times=math.inf, status=403)
+    bench.ec2.fail("DeleteSecurityGroup", "UnauthorizedOperation", times=math.inf, status=403)
+    said, _ = (program := smoked("--yes")).communicate(timeout=120)
     assert program.returncode == 1, said
-    verdict, = re.findall(r"^FAILED: kill\. Left are (.*)$", said, re.MULTILINE)
-    assert all(machine.id in verdict for machine in bench.alive())
-    assert len(bench.alive()) == 2
-    assert all(what in verdict for what in ("security group sg-", "placement group txl-"))
-    folder, = tmp_path.glob("txl-smoke-*")
-    assert str(folder) in verdict
+    assert re.search(r"^ *\d+ s  FAILED  launch until it trains: ", said, re.MULTILINE)
+    assert "FAILED: launch until it trains. What was said is in" in said
+    assert "EC2 refused the launch, and would anywhere: UnauthorizedOperation" in said
+    group, = bench.leftovers()
+    assert f"Left are {group.rsplit(' ', 1)[0]}." in said
     bench.ec2.heal()
-    command = re.search(r"python -m cluster (kill smoke-\w+)", verdict)
-    assert subprocess.run([*CLUSTER, *command[1].split(), "--yes"], timeout=60, check=False).returncode == 0
+    assert subprocess.run([*CLUSTER, "gc", "--yes"], timeout=60, check=False).returncode == 0
     assert bench.leftovers() == []
 
 
-@pytest.mark.slow
 def test_a_smoke_that_is_broken_off_ends_what_it_has_started(bench, smoked):
     program = smoked("--yes")
     assert until(lambda: bench.alive(), 60)
     program.send_signal(signal.SIGTERM)
     said, _ = program.communicate(timeout=120)
     assert program.returncode == 130, said
-    assert "FAILED: broken off. Nothing is left." in said
+    assert "FAILED: broken off." in said
+    assert said.endswith("Nothing is left.\n")
+    assert bench.alive() == []
+    assert bench.leftovers() == []
+
+
+def test_machines_that_cannot_be_ended_are_named_with_the_command_that_ends_them(bench, smoked):
+    bench.ec2.fail("TerminateInstances", "UnauthorizedOperation", times=math.inf, status=403)
+    program = smoked("--yes")
+    assert until(lambda: len(bench.alive()) == 2, 60)
+    program.send_signal(signal.SIGINT)
+    said, _ = program.communicate(timeout=180)
+    assert program.returncode == 130, said
+    left, = re.findall(r"^Left are (.*)$", said, re.MULTILINE)
+    assert len(bench.alive()) == 2
+    assert all(machine.id in left for machine in bench.alive())
+    assert all(what in left for what in ("security group sg-", "placement group txl-"))
+    bench.ec2.heal()
+    command = re.search(r"python -m cluster (kill smoke-\w+)", left)
+    assert subprocess.run([*CLUSTER, *command[1].split(), "--yes"], timeout=60, check=False).returncode == 0
     assert bench.alive() == []
     assert bench.leftovers() == []
 
