@@ -93,8 +93,8 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
     return Layout(
         nodes, f"{machines.count} x {facts.type.name}, {market}, in {where}",
         str(estimate) if estimate else "price unknown: it is not in the table, and EC2 does not say",
-        f"stack {facts.stack.name}: {facts.stack.about}" if not terms.skip_setup else
-        "none: the image has the environment",
+        ("none: the image has the environment" if terms.skip_setup else
+         f"stack {facts.stack.name}: {facts.stack.about}") + (f"; {facts.account.image}" if facts.account else ""),
         tuple(_notes(facts, most_hours)), question(machines.count, facts, estimate, most_hours), facts)
 
 

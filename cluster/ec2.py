@@ -113,6 +113,9 @@ class Image:
     root_device: str
     size_gib: int                                 # the least a root volume may have
 
+    def __str__(self) -> str:
+        return f"image {self.id}, {self.name}"
+
 
 @dataclass(frozen=True)
 class Network:

@@ -160,7 +160,8 @@ class Launch:
                 request["InstanceMarketOptions"]["SpotOptions"]["MaxPrice"] = f"{price_cap:.4f}"
             price = {"usd_per_hour": rate or 0.0, "until": min(expires, time.time() + (budget_s or max_s))}
             self.asked = True
-            self.journal.note("intent", token=token, market=move.market, zone=move.zone, count=self.count, **price)
+            self.journal.note("intent", token=token, market=move.market, zone=move.zone, count=self.count,
+                              image=self.account.image.id, **price)
             self.watch.say(f"Asking for {self.count} x {facts.type.name}, {ladder.NAMES[move.market]}, {move.zone}.")
             try:
                 machines = self.cloud.run_instances(request)

@@ -142,6 +142,13 @@ def test_the_machines_themselves_hold_the_budget(bench):
     assert float(request["InstanceMarketOptions.SpotOptions.MaxPrice"]) == pytest.approx(bid, rel=.01)
 
 
+def test_which_image_the_machines_have_is_in_the_plan_and_noted_with_the_launch(bench):
+    launched(bench)
+    (request,), (intent,) = requests(bench), Journal("two").notes("intent")
+    assert intent["image"] == request["ImageId"]
+    assert f"image {request['ImageId']}, " in " ".join(str(plan_of(bench)).split())
+
+
 def test_port_22_is_open_to_the_launcher_alone_and_everything_among_the_machines(bench):
     rules = dict[str, set[tuple[str, int | None, str]]]()
 
