@@ -157,7 +157,9 @@ def test_words_come_first_then_flags_then_a_command_as_it_stands(line, words, fl
 
 @pytest.mark.parametrize(("line", "said"), [
     ("kil x", "Did you mean 'kill'"), ("kill", "Something is missing"), ("kill x --al", "Did you mean '--all'"),
-    ("gc x", "What is 'x' for"), ("kill ''", "The name is empty")])
+    ("gc x", "What is 'x' for"), ("nano x", "Something is missing"),
+    ("prices a b", "What is 'b' for"), ("sync x --wach", "Did you mean '--watch'"), ("smoke now", "What is 'now' for"),
+    ("mosh x --node=one", "--node"), ("kill ''", "The name is empty")])
 def test_misuse_is_told_with_status_2(line, said, capsys):
     with pytest.raises(SystemExit) as ended:
         main(shlex.split(line))
@@ -207,17 +209,16 @@ def bench(strict, tmp_path, monkeypatch):
 
 
 def launched(bench, name: str, count: int = 1, *, market: ec2.Market = "spot", owner: str | None = None,
-             left_h: float = 5) -> list[Instance]:
+             left_h: float = 5, kind: str = "c5.large") -> list[Instance]:
     """Machines as a launch makes them."""
     cloud, owner = bench.cloud, owner or owner_name()
-    kind = cloud.type("c5.large")
-    network, image = cloud.network(), cloud.image(stack_for(kind).image)
-    zone = sorted(network.subnets)[0]
+    type_, network = cloud.type(kind), cloud.network()
+    image, zone = cloud.image(stack_for(type_).image), min(cloud.zones(kind))
     tags = ec2.tags_of(name, owner, "", time.time() + HOUR * left_h, "10/60")
     group = cloud.security_group(f"txl-{owner}-{name}", network.vpc, "127.0.0.1/32", tags)
     placement = cloud.placement_group(f"txl-{owner}-{name}", tags) if count > 1 else None
     cloud.run_instances(ec2.run_instances_request(
-        kind=kind, count=count, market=market, zone=zone, subnet=network.subnets[zone], group=group,
+        kind=type_, count=count, market=market, zone=zone, subnet=network.subnets[zone], group=group,
         placement=placement, image=image, disk_gib=10, user_data="", tags=tags, token=uuid.uuid4().hex))
     until(lambda: all(x.state == "running" for x in cloud.instances(cluster=name, owner=owner)))
     return cloud.instances(cluster=name, owner=owner)
@@ -659,6 +660,25 @@ def test_a_launch_and_gc_close_the_ports_that_nobody_here_uses_and_no_others(ben
         assert udp(bench) == [(door.port, door.port, door.cidr)]
         with pytest.raises(Refused, match="No UDP port"), doors.opened(bench.cloud, "one", door.cidr, [60001]):
             pass
+    assert udp(bench) == []
+
+
+def test_a_cluster_that_is_killed_takes_its_open_port_with_it(bench, capsys):
+    launched(bench, "one")
+    with doors.opened(bench.cloud, "one", "127.0.0.1/32", [60001]):
+        assert main(["kill", "one"]) == 0
+        assert left(bench) == (set(), set())
+    assert capsys.readouterr().err == ""
+    assert doors.in_use("one") == set()
+
+
+@needs_mosh
+def test_a_machine_behind_node_0_is_not_for_mosh(bench):
+    first, _ = launched(bench, "one", 2, kind="p4d.24xlarge")
+    bench.cloud.address(first.id, first.tags)     # as a launch does: EC2 gives these none
+    with typing("mosh", "one", "--node=1") as program:
+        program.until_it_ends(2)
+        assert b"node-1 has no public address, and mosh does not go through node-0" in program.seen
     assert udp(bench) == []
 
 
