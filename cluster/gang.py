@@ -319,6 +319,7 @@ class Launch:
                                  (CHECKOUT / "requirements.txt").read_text(), skip=self.terms.skip_setup, say=say,
                                  interrupted=interrupted)
             self.bring_inputs(shells, python)
+            self.bring_run(shells)
             launch, recipe_path = uuid.uuid4().hex[:12], plan.run_dir / "recipe.json"
             launches = [self.launch_of(launch, node, host, hosts[0], python) for node, host in
                         zip(plan.layout.nodes, hosts)]
@@ -335,9 +336,8 @@ class Launch:
                 "tensorboard": board if self.plan.tensorboard and node.rank == 0 else None}
 
     def bring_inputs(self, shells: list[Shell], python: str) -> None:
-        """Data, weights to start from, and the checkpoint to go on from where the machines have none."""
-        plan, recipe = self.plan, self.plan.config.recipe
-        missing = []
+        """Data, and weights to start from."""
+        recipe, missing = self.plan.config.recipe, []
         for path in map(Path, recipe.inputs):
             if path.is_absolute():
                 raise Broken(f"{path} is an absolute path, which machines do not share. Give one below {Path.cwd()}")
@@ -351,11 +351,21 @@ class Launch:
             prepare = f"cd txl && {shlex.join([python, *recipe.prepare])}"
             ssh.each(shells, lambda shell: shell.run(prepare, timeout_s=3600, tied=True,
                                                      interrupted=self.watch.interrupted), name=lambda shell: shell.name)
-        newest = plan.standing.step
-        there = shells[0].run(f"ls txl/{plan.run_dir}/checkpoints 2>/dev/null", check=False).out.split()
+
+    def bring_run(self, shells: list[Shell]) -> None:
+        """What is here of the run, where the machines have none of it: they go on with its numbers and logs."""
+        run_dir, newest = self.plan.run_dir, self.plan.standing.step
+        if self.plan.standing.state == "new":
+            return
+        there = shells[0].run(f"ls txl/{run_dir}/checkpoints 2>/dev/null", check=False).out.split()
         if newest is not None and not [name for name in there if name >= f"step-{newest:08d}"]:
-            folder = plan.run_dir / "checkpoints" / f"step-{newest:08d}"
-            deliver.send(shells, folder, f"txl/{folder}", say=self.watch.say, interrupted=self.watch.interrupted)
+            for folder in run.newest_and_best(run_dir):
+                deliver.send(shells, folder, f"txl/{folder}", say=self.watch.say, interrupted=self.watch.interrupted)
+        first = 0
+        for shell, node in zip(shells, self.plan.layout.nodes):
+            logs = [f"node-{node.rank}.log", *(f"rank-{rank}.log" for rank in range(first, first + node.ranks))]
+            reach.bring(shell, run_dir, f"txl/{run_dir}", logs, rest=node.rank == 0, interrupted=self.watch.interrupted)
+            first += node.ranks
 
     def job(self, shells: list[Shell], launch: str) -> RemoteJob:
         self.ours = []                            # from here on they are the run's

@@ -19,6 +19,8 @@ from cluster.ssh import NAME, Failed, Interrupted, Shell, SomeFailed, Trouble, e
 
 TRAINING = ("numpy", "tensorboard", "tokenizers") # what it imports beside torch
 
+LAUNCHERS = ("lock", "stop", "recipe.json", "plan.txt", "command.txt", "commit.txt")      # of a run's folder
+
 # Whether a Python has what training needs; the last line of the traceback says what is missing.
 CHECK = f"""
 import os, sys
@@ -152,10 +154,22 @@ def fetch(shell: Shell, remote_run: str, local: Path, *, models: bool = False, w
     A log that has grown costs what was added, and is replaced as a whole: who reads it here by name sees no half.
     """
     local.mkdir(parents=True, exist_ok=True)
-    ours = ("lock", "stop", "recipe.json", "plan.txt", "command.txt", "commit.txt", "nodes/*.launch.json",
-            "nodes/*.lock", "nodes/*.kill", *without)
-    shell.get(f"{remote_run}/", f"{local}/", *(f"--exclude=/{name}" for name in ours), "--exclude=.*.partial",
-              *([] if models else ["--exclude=*.pt"]), interrupted=interrupted)
+    private = ("nodes/*.launch.json", "nodes/*.lock", "nodes/*.kill")
+    shell.get(f"{remote_run}/", f"{local}/", *(f"--exclude=/{name}" for name in (*LAUNCHERS, *private, *without)),
+              "--exclude=.*.partial", *([] if models else ["--exclude=*.pt"]), interrupted=interrupted)
+
+
+def bring(shell: Shell, local: Path, remote_run: str, logs: Sequence[str], *, rest: bool,
+          interrupted: Callable[[], bool] = never) -> None:
+    """A run's `logs` (names) to a machine that goes on with it, and with `rest` its numbers. What is there stays.
+
+    Each log to the machine that writes it: fetched from two, the older one could take the place of the newer.
+    """
+    shell.run(f"mkdir -p {remote_run}", interrupted=interrupted)
+    no = (*LAUNCHERS, "status.json", "nodes", "checkpoints", "logs/*", ".*")
+    shell.put(f"{local}/", f"{remote_run}/", "--ignore-existing", "--include=/logs/",
+              *(f"--include=/logs/{name}" for name in logs),
+              *([f"--exclude=/{name}" for name in no] if rest else ["--exclude=*"]), interrupted=interrupted)
 
 
 def _lacks(shells: Sequence[Shell], python: str, interrupted: Callable[[], bool]) -> Trouble | None:

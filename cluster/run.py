@@ -91,8 +91,14 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 
 def newest_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     """meta.json (step, ranks, ...) of the checkpoint that the trainer goes on from."""
-    checkpoints = sorted(run_dir.glob("checkpoints/step-*"), reverse=True)
-    return next((meta for path in checkpoints if (meta := intact(path))), None)
+    return next((meta for _, meta in _checkpoints(run_dir)), None)
+
+
+def newest_and_best(run_dir: Path) -> list[Path]:
+    """The folders of the checkpoints that going on takes: to train from, and to test with."""
+    there = _checkpoints(run_dir)
+    best = min(((meta["valid_loss"], path) for path, meta in there if meta["valid_loss"] is not None), default=None)
+    return list(dict.fromkeys([*(path for path, _ in there[:1]), *([best[1]] if best else [])]))
 
 
 def record(run_dir: Path, recipe: Recipe, plan: str, command: str, overrides: tuple[str, ...], checkout: Path) -> None:
@@ -112,6 +118,12 @@ def _beginning(standing: Standing, recipe: Recipe) -> Standing:
         raise Refused(f"There is no checkpoint {recipe.init_from}. Give a run's folder (runs/NAME) or one of its "
                       f"checkpoints/step-*")
     return standing
+
+
+def _checkpoints(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """Whole ones, newest first, with their meta.json."""
+    paths = sorted(run_dir.glob("checkpoints/step-*"), reverse=True)
+    return [(path, meta) for path in paths if (meta := intact(path))]
 
 
 def _commit(checkout: Path) -> str:

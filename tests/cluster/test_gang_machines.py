@@ -183,6 +183,7 @@ def quick(monkeypatch):
     """Following in tenths of seconds, of trainings that are a line of shell."""
     for name, seconds in {"FETCH_S": .1, "FETCH_OTHERS_S": .2, "ASK_S": .2, "SILENT_S": 2, "GRACE_S": .3}.items():
         monkeypatch.setattr(remote, name, seconds)
+    monkeypatch.setattr(gang, "SHOWN_S", 1)
     monkeypatch.setattr(gang, "node_command", lambda *_: ("sh", "-c", "echo begun; exec sleep 1000"))
     monkeypatch.setattr(Launch, "bring_inputs", lambda *_: None)
     monkeypatch.setattr(reach, "setup", lambda *_, **__: "python3")
@@ -225,6 +226,25 @@ def test_a_machine_that_is_stopped_amid_the_training_is_said_to_be_and_the_other
     assert any(re.match("node-1: its machine is stop(ping|ped)", line) for line in person.lines)
     job.close()
     boto3.client("ec2").terminate_instances(InstanceIds=[last])
+
+
+def test_other_machines_go_on_with_the_logs_and_numbers_of_those_that_are_gone(bench, quick, monkeypatch):
+    for gang_ in ("first", "second"):
+        monkeypatch.setattr(gang, "node_command", lambda wish, node, *_, gang_=gang_: ("sh", "-c", f"""
+            cd runs/two
+            for file in logs/rank-{node}.log metrics.jsonl; do echo {gang_} of {node} >> $file; done
+            exec sleep 1000"""))
+        job = aws.apply(plan_of(bench), Person())
+        logs = {Path("runs/two/logs", f"rank-{node}.log"): node for node in (0, 1)}
+        assert until(lambda logs=logs, gang_=gang_: all(
+            path.exists() and path.read_text().endswith(f"{gang_} of {node}\n") for path, node in logs.items()))
+        with bench.ec2.lock:
+            for machine in bench.alive():
+                bench.world.end(machine)
+        assert until(lambda job=job: job.poll() is not None, 20)
+        job.close()
+    for path, node in {**logs, Path("runs/two/metrics.jsonl"): 0}.items():
+        assert path.read_text() == f"first of {node}\nsecond of {node}\n"
 
 
 def test_another_launcher_follows_a_training_that_one_has_left_and_sees_its_end(bench, quick, monkeypatch):

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.run import newest_and_best
 from engine import checkpoint
 from engine.checkpoint import CheckpointError
 from engine.world import World
@@ -50,6 +51,15 @@ def test_the_newest_and_the_best_are_kept(tmp_path):
         save(tmp_path, step, loss)
     assert steps(tmp_path) == [2, 5, 6]
     assert checkpoint.best(checkpoint.complete(tmp_path)).step == 2
+
+
+def test_other_machines_are_brought_what_the_trainer_goes_on_from_and_tests_with(tmp_path):
+    assert newest_and_best(tmp_path) == []
+    for step, loss in ((1, 5.0), (2, 3.0), (3, None), (4, 4.0), (5, None), (6, 3.0)):
+        save(tmp_path / "checkpoints", step, loss, keep=10)
+        there = checkpoint.complete(tmp_path / "checkpoints")
+        wanted = {there[-1].path} | ({checkpoint.best(there).path} if any(c.valid_loss for c in there) else set())
+        assert set(newest_and_best(tmp_path)) == wanted
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove_file", "remove_meta", "garble_meta"])
