@@ -114,9 +114,9 @@ def send_code(shells: Sequence[Shell], checkout: Path, *, say: Callable[[str], N
 
 
 def send(shells: Sequence[Shell], local: Path, remote: str, *, say: Callable[[str], None] = print,
-         interrupted: Callable[[], bool] = never) -> None:
+         interrupted: Callable[[], bool] = never, introduced: bool = False) -> None:
     """A file, or what is in a folder, into the folder `remote` (below the home) of every machine."""
-    bring(shells, goods(local, remote), say, interrupted)
+    bring(shells, goods(local, remote), say, interrupted, introduced=introduced)
 
 
 def code(checkout: Path) -> Parcel:
@@ -130,11 +130,13 @@ def goods(local: Path, remote: str) -> Parcel:
 
 
 def bring(shells: Sequence[Shell], parcel: Parcel, say: Callable[[str], None] = print,
-          interrupted: Callable[[], bool] = never) -> None:
-    """To node 0, from there to the others, and compared on all with what is here; once more where that differs."""
-    make = f"mkdir -p {shlex.quote(parcel.target)}"
-    each(shells, lambda shell: shell.run(make, interrupted=interrupted), name=NAME)
-    introduce(shells, interrupted)
+          interrupted: Callable[[], bool] = never, *, introduced: bool = False) -> None:
+    """To node 0, from there to the others, and compared on all with what is here; once more where that differs.
+
+    `introduced`: node 0 has brought them something before, and need not be let in again.
+    """
+    if not introduced:
+        introduce(shells, interrupted)
     before, wrong = _deliver_once(shells, parcel, say, interrupted)
     if wrong:
         say(f"{SomeFailed(wrong, len(shells))}. Sending them again")
@@ -225,8 +227,10 @@ def _deliver_once(shells: Sequence[Shell], parcel: Parcel, say: Callable[[str], 
     ours = _contents_here(parcel, interrupted)
     if not ours.hashed:
         say(f"Sending {ours.gib:.1f} GiB of {parcel.source} to {shells[0].name}, less what is there already")
-    _insist(lambda: shells[0].put(parcel.source, f"{parcel.target}/", *parcel.options, interrupted=interrupted), say)
-    fan_out(shells, f"{parcel.target}/{parcel.name}", f"{parcel.target}/", parcel.options, interrupted)
+    # The folder is made on the way: a command of its own would be one more on every machine.
+    options = (*parcel.options, f"--rsync-path=mkdir -p {shlex.quote(parcel.target)} && rsync")
+    _insist(lambda: shells[0].put(parcel.source, f"{parcel.target}/", *options, interrupted=interrupted), say)
+    fan_out(shells, f"{parcel.target}/{parcel.name}", f"{parcel.target}/", options, interrupted)
     command = shlex.join(["python3", "-c", DIGESTS, parcel.target, *_how(parcel, ours.hashed)])
     theirs = each(shells, lambda shell: shell.run(command, input=_listed(ours.paths), timeout_s=1800,
                                                   interrupted=interrupted).out.splitlines(), name=NAME)

@@ -293,7 +293,8 @@ class Launch:
         run_dir = f"txl/{self.plan.run_dir.as_posix()}"
         script = (f"cd {run_dir} 2>/dev/null || exit 0; cat nodes/$N.json; echo; "
                   f"flock -n nodes/$N.lock true && echo idle || echo busy; cat status.json 2>/dev/null; echo")
-        said = [shell.run(f"N={host.node}; {script}").out.splitlines() for shell, host in zip(shells, hosts)]
+        said = ssh.each(list(zip(shells, hosts)), lambda one: one[0].run(f"N={one[1].node}; {script}").out.splitlines(),
+                        name=lambda one: one[1].name)
         nodes = [json.loads(lines[0]) if lines and lines[0].startswith("{") else {} for lines in said]
         launches = {node.get("launch") for node in nodes}
         busy = [len(lines) > 1 and lines[1] == "busy" for lines in said]
@@ -302,24 +303,28 @@ class Launch:
         if len(launches) == 1 and None not in launches and (all(busy) or (finished and not any(busy))):
             self.watch.say("It is training there already: following it." if all(busy) else "It has finished there.")
             return self.job(shells, launches.pop())
-        for shell, host, still in zip(shells, hosts, busy):       # the rest of a training that has failed elsewhere
-            if still:
-                node = f"{run_dir}/nodes/{host.node}"
-                shell.run(f"touch {node}.kill; flock -w 20 {node}.lock true")
+
+        def end(i: int) -> None:
+            node = f"{run_dir}/nodes/{hosts[i].node}"
+            shells[i].run(f"touch {node}.kill; flock -w 20 {node}.lock true")
+
+        # The rest of a training that has failed elsewhere.
+        ssh.each([i for i, still in enumerate(busy) if still], end, name=lambda i: hosts[i].name)
         return None
 
     def started(self, shells: list[Shell], hosts: list[Host]) -> RemoteJob:
         plan, say, interrupted, stack = self.plan, self.watch.say, self.watch.interrupted, self.facts.stack
         run.record(plan.run_dir, plan.config.recipe, str(plan), plan.command, plan.overrides, CHECKOUT)
-        reach.hold(shells)
         with reach.holding(shells):
             say("Bringing the code.")
             deliver.send_code(shells, CHECKOUT, say=say, interrupted=interrupted)
+            say("Checking the environment.")
             python = reach.setup(shells, None, stack.torch, stack.index_url,
                                  (CHECKOUT / "requirements.txt").read_text(), skip=self.terms.skip_setup, say=say,
                                  interrupted=interrupted)
             self.bring_inputs(shells, python)
             self.bring_run(shells)
+            say("Starting the training.")
             launch, recipe_path = uuid.uuid4().hex[:12], plan.run_dir / "recipe.json"
             launches = [self.launch_of(launch, node, host, hosts[0], python) for node, host in
                         zip(plan.layout.nodes, hosts)]
@@ -342,8 +347,9 @@ class Launch:
             if path.is_absolute():
                 raise Broken(f"{path} is an absolute path, which machines do not share. Give one below {Path.cwd()}")
             if path.exists():
+                self.watch.say(f"Bringing {path}.")
                 deliver.send(shells, path, f"txl/{path if path.is_dir() else path.parent}", say=self.watch.say,
-                           interrupted=self.watch.interrupted)
+                           interrupted=self.watch.interrupted, introduced=True)
             else:
                 missing.append(path)
         if missing and recipe.prepare:
@@ -360,7 +366,8 @@ class Launch:
         there = shells[0].run(f"ls txl/{run_dir}/checkpoints 2>/dev/null", check=False).out.split()
         if newest is not None and not [name for name in there if name >= f"step-{newest:08d}"]:
             for folder in run.newest_and_best(run_dir):
-                deliver.send(shells, folder, f"txl/{folder}", say=self.watch.say, interrupted=self.watch.interrupted)
+                deliver.send(shells, folder, f"txl/{folder}", say=self.watch.say, interrupted=self.watch.interrupted,
+                             introduced=True)
         first = 0
         for shell, node in zip(shells, self.plan.layout.nodes):
             logs = [f"node-{node.rank}.log", *(f"rank-{rank}.log" for rank in range(first, first + node.ranks))]
