@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import resource
 import statistics
-import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from benchmarks.tables import commit
 from configs import CONFIGS
 from engine import optim
 from engine.cli import flag, misuse, parse
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
         memory = (torch.cuda.max_memory_allocated() / 2 ** 30 if w.device.type == "cuda"
                   else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
         command = " ".join([f"--config={flags.config}", *(f"--set={x}" for x in flags.set)])
-        row = (f"| {time.strftime('%Y-%m-%d')} | {_commit()} | `{command}` | {timing} | {memory:.2f} | {mfu} | "
+        row = (f"| {time.strftime('%Y-%m-%d')} | {commit()} | `{command}` | {timing} | {memory:.2f} | {mfu} | "
                f"{w.size} x {name}, {torch.get_num_threads()} threads, torch {torch.__version__} |")
         print(f"{HEADING}\n{row}")
         if flags.record:
@@ -149,14 +149,6 @@ def _clock(w: World) -> float:
     if w.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def _commit() -> str:
-    """The commit, and whether anything but the table differs from it."""
-    def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=TABLE.parent).stdout.strip()
-    changed = git("status", "--porcelain", "--", ":/", f":!{TABLE.name}")
-    return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
 
 
 if __name__ == "__main__":

@@ -60,6 +60,7 @@ class Knobs:
     clock_off_s: int = 0                          # of what date says
     new_host_key: bool = False                    # at every boot
     shutdown_works: bool = True                   # else it says so and does nothing; systemctl poweroff still works
+    scripts: tuple[tuple[str, str], ...] = ()     # commands of its own: name, lines of sh
 
 
 class Host:
@@ -330,7 +331,7 @@ def _stand_ins(facts: Facts, knobs: Knobs) -> dict[str, str]:
                          f'echo "/dev/root {2 * kib} {kib} {kib} 50% /"\n')
     if knobs.clock_off_s:
         scripts["date"] = f'exec /bin/date -d "@$(($(/bin/date +%s) + {knobs.clock_off_s}))" "$@"\n'
-    return scripts
+    return scripts | dict(knobs.scripts)
 
 
 SHUTDOWN = """\

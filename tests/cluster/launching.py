@@ -39,8 +39,8 @@ class Person:
         return self._leaves is not None and any(self._leaves in line for line in self.lines)
 
 
-def plan_of(bench: Bench, *more: str, count: int = 2, kind: str = "c5.xlarge") -> Plan:
-    flags = parse(launch.Flags, ["--config=tiny", "--backend=aws", "--name=two", f"--instance_type={kind}",
+def plan_of(bench: Bench, *more: str, count: int = 2, kind: str = "c5.xlarge", name: str = "two") -> Plan:
+    flags = parse(launch.Flags, ["--config=tiny", "--backend=aws", f"--name={name}", f"--instance_type={kind}",
                                  f"--machines={count}", "--set=machines.gpus=1", "--set=recipe.batch.size=none",
                                  "--set=recipe.batch.local_size=2", "--skip_setup", f"--ssh_user={bench.user}",
                                  "--wait=0", *more], prog="launch.py", about="")
