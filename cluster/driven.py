@@ -21,7 +21,7 @@ class Launcher:
     def __init__(self, command: Sequence[str], log: Path, *, cwd: Path, env: Mapping[str, str] | None = None,
                  show: Callable[[str], object] = lambda line: None):
         self._tail, self._show, self._lines = Tail(log), show, list[str]()
-        self._said = deque[str](maxlen=3)
+        self._said = deque[str](maxlen=8)
         with open(log, "ab") as out:
             self._process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out,
                                              stderr=subprocess.STDOUT)
@@ -41,7 +41,7 @@ class Launcher:
                     return found
             if ended or time.monotonic() > deadline:
                 how = f"ended with status {self._process.returncode}" if ended else f"went on for {timeout_s:g} s"
-                raise Broken(f"the launcher {how} without a word of {marker!r}. Its last: {' / '.join(self._said)}")
+                raise Broken(f"the launcher {how} without a word of {marker!r}{self._last_words()}")
             time.sleep(POLL_S)
 
     def wait(self, timeout_s: float) -> int:
@@ -55,7 +55,7 @@ class Launcher:
             if ended:
                 return self._process.returncode
             if time.monotonic() > deadline:
-                raise Broken(f"the launcher did not end in {timeout_s:g} s. Its last: {' / '.join(self._said)}")
+                raise Broken(f"the launcher did not end in {timeout_s:g} s{self._last_words()}")
             time.sleep(POLL_S)
 
     def ctrl_c(self) -> None:
@@ -64,6 +64,9 @@ class Launcher:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def _last_words(self) -> str:
+        return "".join(["\nIts last words:", *(f"\n  {line}" for line in self._said)])
 
     def _next(self) -> str:
         line = self._lines.pop(0)

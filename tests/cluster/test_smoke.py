@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import signal
 import subprocess
@@ -77,6 +78,19 @@ def test_a_smoke_that_is_broken_off_ends_what_it_has_started(bench, smoked):
     said, _ = program.communicate(timeout=120)
     assert program.returncode == 130, said
     assert "FAILED: broken off." in said
+    assert said.endswith("Nothing is left.\n")
+    assert bench.alive() == []
+    assert bench.leftovers() == []
+
+
+def test_a_smoke_whose_launcher_dies_with_machines_on_the_way_ends_them(bench, smoked):
+    program = smoked("--yes")
+    assert until(lambda: bench.alive(), 60)
+    launcher, = Path(f"/proc/{program.pid}/task/{program.pid}/children").read_text().split()
+    os.kill(int(launcher), signal.SIGKILL)
+    said, _ = program.communicate(timeout=120)
+    assert program.returncode == 1, said
+    assert "launch until it trains: the launcher ended with status -9 without a word of" in said
     assert said.endswith("Nothing is left.\n")
     assert bench.alive() == []
     assert bench.leftovers() == []

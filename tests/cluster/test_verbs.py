@@ -25,7 +25,7 @@ from types import SimpleNamespace
 import pytest
 
 import launch_tensorboard
-from cluster import doors, ec2, ssh, verbs, verbs_mosh, verbs_ssh, verbs_sync
+from cluster import deliver, doors, ec2, ssh, verbs, verbs_mosh, verbs_ssh, verbs_sync
 from cluster.__main__ import VERBS, main, split
 from cluster.ec2 import Cloud, Instance, Thing
 from cluster.journal import Journal, home, owner_name
@@ -465,6 +465,28 @@ def test_sync_watches_a_folder_and_brings_it_after_each_change_until_ctrl_c(two,
         until(lambda: all((path / "second").exists() and (path / "first").read_text() == "2" for path in there))
 
 
+def test_a_watched_folder_is_sent_once_for_each_change_and_again_after_a_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(verbs_sync, "WATCH_S", 0)
+    monkeypatch.setattr(verbs_sync, "AGAIN_S", 0)
+    (tmp_path / "file").write_text("1")
+    sent, looks = list[str](), iter(range(1000))
+
+    def send() -> None:
+        sent.append((tmp_path / "file").read_text())
+        if len(sent) == 1:
+            raise ssh.Unreachable("node-0", "gone")
+
+    def interrupted() -> bool:
+        if (look := next(looks)) == 30:
+            (tmp_path / "file").write_text("22")
+        return look > 60
+
+    with contextlib.suppress(ssh.Interrupted):
+        verbs_sync.watch(deliver.goods(tmp_path, "there"), send, interrupted)
+    assert sent == ["1", "1", "22"]
+    assert capsys.readouterr().err == "node-0: gone\n"
+
+
 @needs_sshd
 def test_sync_of_what_is_not_there_or_goes_nowhere_is_refused(two, capsys):
     for line, said in (("sync one .", "HERE THERE"), ("sync one missing there", "There is no missing here")):
@@ -622,8 +644,9 @@ def test_the_port_of_a_mosh_that_was_killed_is_closed_by_the_next_verb_and_that_
         (port, _, _), = udp(bench)
         assert doors.in_use("one") == {port}
         assert bench.count("RevokeSecurityGroupIngress") == before + 1
+        before = bench.count("DescribeSecurityGroups")
         assert main(["ssh", "one", "true"]) == 0
-        assert bench.count("RevokeSecurityGroupIngress") == before + 1        # nothing is looked for without a trace
+        assert bench.count("DescribeSecurityGroups") == before    # nothing is looked for without a trace
         living.until_it_says(b"\x1b[?1049h")
         living.types(b"exit\n")
         living.until_it_ends(0)
