@@ -97,6 +97,8 @@ class Follower:
             self.screen.say(f"{'Killed' if self._interrupts > 1 else 'Ended'}. {kept} {go_on}")
             return STOPPED
         self.screen.say(failure(run_dir, len(statuses), statuses, self._began))
+        if message := unlogged(run_dir, self._began):
+            self.screen.say(message)
         self.screen.say(f"{kept} Once it is mended, {go_on[0].lower()}{go_on[1:]}")
         return FAILED
 
@@ -126,6 +128,15 @@ def failure(run_dir: Path, nodes: int, statuses: tuple[int, ...], since: float) 
     if shown.name == FOLLOWED or not lines:
         return f"{what} See {shown}, and {run_dir}/logs/ for the others."
     return "\n".join([what, f"The end of {shown}:", *lines, f"All logs: {run_dir}/logs/"])
+
+
+def unlogged(run_dir: Path, since: float) -> str | None:
+    """What the training said of its failure in status.json alone: a full disk may take that and no line of a log."""
+    log, path = run_dir / "logs" / FOLLOWED, run_dir / "status.json"
+    status = run.read_status(run_dir)
+    if status.get("state") != "failed" or path.stat().st_mtime < since:
+        return None
+    return None if log.exists() and status["message"] in log.read_text(errors="replace") else status["message"]
 
 
 class Tail:

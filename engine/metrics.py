@@ -48,6 +48,10 @@ class Stopwatch:
             self.begin += time.perf_counter() - start
 
 
+class MetricsError(RuntimeError):
+    """The numbers of a run cannot be kept; the message is for a person."""
+
+
 class Metrics:
     """Writes by the leading rank; on the others every call does nothing. After a resume it goes on behind the
     checkpoint: what an interrupted run had logged later than that is dropped."""
@@ -68,27 +72,32 @@ class Metrics:
         """One line of metrics.jsonl: kind is train, valid or test."""
         if self.active:
             known = {key: x for key, x in numbers.items() if x is not None}
-            self._file.write(json.dumps({"kind": kind, "step": step, "tokens": tokens} | known) + "\n")
+            with _kept():
+                self._file.write(json.dumps({"kind": kind, "step": step, "tokens": tokens} | known) + "\n")
 
     def tags(self, tokens: int, **numbers: float | None) -> None:
         """Scalars for TensorBoard; learning__loss stands for the tag learning/loss."""
         if self.active:
             for name, x in numbers.items():
                 if x is not None:
-                    self._tags.add_scalar(name.replace("__", "/"), x, tokens)
+                    with _kept():
+                        self._tags.add_scalar(name.replace("__", "/"), x, tokens)
 
     def histogram(self, tag: str, values: torch.Tensor, tokens: int) -> None:
         if self.active:
-            self._tags.add_histogram(tag, values.float().cpu(), tokens)
+            with _kept():
+                self._tags.add_histogram(tag, values.float().cpu(), tokens)
 
     def text(self, tag: str, text: str) -> None:
         if self.active:
-            self._tags.add_text(tag, text)
+            with _kept():
+                self._tags.add_text(tag, text)
 
     def close(self) -> None:
         if self.active:
-            self._file.close()
-            self._tags.close()
+            with _kept():
+                self._file.close()
+                self._tags.close()
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:
@@ -112,6 +121,15 @@ def brief(number: float) -> str:
         if number >= size:
             return f"{number / size:.3g}{unit}"
     return f"{number:.3g}"
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise MetricsError(f"metrics.jsonl or tensorboard/ could not be written: {error}. Make room and run the same "
+                           f"command again: it goes on from the last checkpoint") from error
 
 
 def _stands(line: str, step: int) -> bool:

@@ -78,10 +78,16 @@ class Run:
             (self.folder / "stop").unlink(missing_ok=True)
 
     def _write_status(self, state: State, step: int, message: str) -> None:
+        text = json.dumps({"state": state, "step": step, "message": message})
         try:
-            write_whole(self.folder / "status.json", json.dumps({"state": state, "step": step, "message": message}))
-        except OSError as error:                   # a full disk must not hide what this is about
-            print(f"status.json could not be written: {error}", file=sys.stderr)
+            write_whole(self.folder / "status.json", text)
+        except OSError:
+            try:                                   # on a full disk the block that a file has can still be written
+                with open(self.folder / "status.json", "r+") as file:
+                    file.write(text)
+                    file.truncate()
+            except OSError as error:               # which must not hide what this is about
+                print(f"status.json could not be written: {error}", file=sys.stderr)
 
     def _logger(self) -> logging.Logger:
         """logs/rank-R.log, and for the leading rank the standard output too."""

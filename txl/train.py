@@ -15,6 +15,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from engine.checkpoint import CheckpointError
 from engine.loop import Diverged, train
+from engine.metrics import MetricsError
 from engine.run import Run
 from engine.values import BadValue
 from engine.world import World, world
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> int:
             corpus = same_corpus(w, recipe.data)
             run.listen()                           # only now: what came before may be cut off at any moment
             train(w, TransformerXLTask(recipe, corpus), recipe, run)
-        except (BadValue, DataError, CheckpointError, Diverged) as error:
+        except (BadValue, DataError, CheckpointError, Diverged, MetricsError) as error:
             run.fail(error)                        # what went wrong is known, and its message is for a person
             return 1
         except BaseException as error:

@@ -222,6 +222,19 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
+@contextlib.contextmanager
+def small_disk(at: Path, options: str) -> Iterator[None]:
+    """A file system of its own at a folder. Skips where that is not allowed."""
+    at.mkdir(parents=True, exist_ok=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "small", at], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no small disk: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "-l", at], check=True)
+
+
 def put(root: Path, files: dict[str, str]) -> None:
     for name, text in files.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +21,7 @@ from cluster.rehearsal.bench import Bench
 from cluster.rehearsal.hosts import Host, Knobs
 from cluster.run import Broken, Stopped
 from tests.cluster.launching import Person, launched, needs_machines, plan_of, requests, until
-from tests.cluster.sshd import BARE_PYTHON
+from tests.cluster.sshd import BARE_PYTHON, small_disk
 
 STAY = "The machines stay for 20 minutes: once it is mended, the same command takes them"
 pytestmark = needs_machines
@@ -101,19 +99,6 @@ def test_a_machine_that_shows_another_host_key_than_before_is_not_talked_to_and_
 
 
 # --- what they are brought ---
-
-@contextlib.contextmanager
-def small_disk(at: Path, options: str) -> Iterator[None]:
-    """A file system of its own at a folder. Skips where that is not allowed."""
-    at.mkdir(parents=True, exist_ok=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "small", at], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", at], check=True)
-
 
 @pytest.mark.parametrize(("node", "options", "said"), [
     (0, "size=200k", "No space left on device"), (1, "size=200k", "No space left on device"),

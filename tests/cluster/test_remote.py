@@ -1,24 +1,30 @@
 """Following a run on real sshds with real supervisors: what ends, what is lost or only silent, what is fetched."""
 from __future__ import annotations
 
-import contextlib
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import urllib.request
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 
 from cluster import reach, remote, run
 from cluster.backends import LOST
+from cluster.follow import failure, unlogged
+from cluster.plan import torchrun
 from cluster.rehearsal import keeper
 from cluster.remote import RemoteJob, board_port
 from cluster.run import Broken
+from configs import tiny
+from engine.values import override, to_json
 from tests.cluster.launching import Person, until
-from tests.cluster.sshd import needs_sshd
+from tests.cluster.sshd import free_port, needs_sshd, put, small_disk
 
 CHECKOUT = Path(__file__).parents[2]
 NAME = f"r{os.getpid()}"                          # of TensorBoard's port, which all machines share
@@ -63,14 +69,14 @@ def start(trio, tmp_path, monkeypatch):
             assert not thread.is_alive()
 
 
-def statuses(job: RemoteJob) -> tuple[int, ...] | None:
+def statuses(job: RemoteJob, seconds: float = 20) -> tuple[int, ...] | None:
     """Once none runs; None where that takes too long."""
-    until(lambda: job.poll() is not None, 20)
+    until(lambda: job.poll() is not None, seconds)
     return job.poll()
 
 
 def logged(node: int, word: str) -> bool:
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         return word in (RUN / "logs" / f"node-{node}.log").read_text().splitlines()
     return False
 
@@ -203,7 +209,7 @@ def test_tensorboard_is_reached_at_one_address_which_comes_back_when_the_way_the
 
     def served() -> bool:
         url = person.lines[0].partition(": ")[2]
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+        with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
             return answer.status == 200
         return False
 
@@ -217,14 +223,7 @@ def test_tensorboard_is_reached_at_one_address_which_comes_back_when_the_way_the
 
 
 def test_a_full_disk_here_is_said_and_following_goes_on_when_there_is_room(start, trio, tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount the small disk that is to be full")
-    (tmp_path / "runs").mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "small", tmp_path / "runs"],
-                             capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk to fill: {mounted.stderr.decode().strip()}")
-    try:
+    with small_disk(tmp_path / "runs", "size=256k"):
         job, person = start(f"echo begun; while [ ! -e go ]; do sleep .05; done; head -c 100000 /dev/urandom > "
                             f"{RUN}/logs/rank-0.log; echo later; exec sleep 1000")
         assert until(lambda: logged(0, "begun"))
@@ -232,10 +231,41 @@ def test_a_full_disk_here_is_said_and_following_goes_on_when_there_is_room(start
         (trio[0].home / "txl/go").touch()
         assert until(lambda: job.poll() or person.lines)
         assert "No space left on device" in person.lines[0]
-        (tmp_path / "runs/ballast").unlink()
+        Path("runs/ballast").unlink()
         assert until(lambda: job.poll() or logged(0, "later"))
         job._over.set()
         for thread in job._threads:
             thread.join(20)
-    finally:
-        subprocess.run(["umount", "-l", tmp_path / "runs"], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("options", "said"), [
+    ("size=20m", "metrics.jsonl or tensorboard/ could not be written: [Errno 28] No space left on device"),
+    ("size=20m,nr_inodes=60", "CheckpointError: The checkpoint of step ")], ids=["blocks", "inodes"])
+def test_a_training_that_fills_its_machines_disk_says_so_and_leaves_its_last_checkpoint(start, trio, options, said):
+    recipe = override(tiny, "recipe.stop.max_steps=100000", "recipe.clock.eval_interval=100000",
+                      "recipe.clock.checkpoint_interval=20", "recipe.clock.log_interval=1").recipe
+    code, python = trio[0].home / "txl", sys.executable
+    line = torchrun(python, recipe.entry, RUN / "recipe.json", ranks=1, nnodes=1, node_rank=0, master_port=free_port(),
+                    master_addr="127.0.0.1")
+    script = f"export PYTHONPATH={CHECKOUT}\n{shlex.join([python, *recipe.prepare])} && exec {shlex.join(line)}"
+    with small_disk(code / "runs", options), ExitStack() as here:
+        put(code / RUN, {"recipe.json": json.dumps(to_json(recipe))})
+        job, _ = start(script)
+        here.callback(job._over.set)
+        assert until(lambda: list(code.glob(f"{RUN}/checkpoints/step-*")), 200)
+        if "inodes" in options:
+            with suppress(OSError):
+                for i in range(100):
+                    (code / "runs" / str(i)).touch()
+        else:
+            subprocess.run(["dd", "if=/dev/zero", f"of={code}/runs/ballast", "bs=512"], capture_output=True)
+        status, = statuses(job, 200)
+        assert status > 0                         # 120 is Python's where it cannot say its last words
+        job.close()
+    assert json.loads((trio[0].root / "var/lib/txl/lease/run").read_text())["state"] == "failed"
+    assert run.newest_checkpoint(RUN)["step"] >= 20
+    shown = f"{failure(RUN, 1, (status,), 0)} {unlogged(RUN, 0)} {(RUN / 'logs/rank-0.log').read_text()}"
+    assert said in shown
+    assert "No space left on device" in shown
+    assert "Make room and run the same command again" in shown
