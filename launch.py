@@ -63,6 +63,9 @@ class Flags:
     ssh_user: str | None = flag("on the machines; else the image's", None)
     ssh_cidr: str | None = flag("who may reach their port 22; else this machine's address", None)
     vpc: str | None = flag("else the region's default one", None)
+    bucket: str | None = flag("in S3, or s3://BUCKET/PREFIX: the machines keep the run's folder there", None)
+    data: str | None = flag("s3://BUCKET/PREFIX: the machines fetch the recipe's data from there", None)
+    role: str | None = flag("instance profile for that; else one is made for the run", None)
     rehearse: bool = flag("all of it on this machine, without an account, with the model of `tiny`", False)
     drill: str | None = flag("a failure to rehearse; a wrong name lists them", None)
 
@@ -78,7 +81,7 @@ def main(argv: list[str]) -> int:
         if flags.dry_run:
             return FINISHED
         if plan.standing.state == "finished":
-            print(f"Nothing to do: {plan.run_dir} is finished. For another run, another --name.")
+            print(f"Nothing to do: {plan.standing.place or plan.run_dir} is finished. For another run, another --name.")
             return FINISHED
         confirm(plan)
         with Follower(plan) as follower:
@@ -132,9 +135,12 @@ def make_plan(flags: Flags, config: Config) -> Plan:
     try:
         terms = Terms(**{f.name: getattr(flags, f.name) for f in fields(Terms)})
         standing = run.standing(Path("runs", name), config.recipe)
+        if chosen != "aws" and (terms.needs_s3 or terms.role):
+            raise BadValue(f"--bucket, --data and --role are for machines on AWS: --backend={chosen} has none")
         wish, backend = Wish(name, config, standing, terms, flags.dry_run), backends.load(chosen)
         layout = backend.lay_out(wish, backend.survey(wish))
-        return Plan(name, flags.config, config, chosen, layout, overrides_of(flags), command_of(flags), standing,
+        return Plan(name, flags.config, config, chosen, layout, overrides_of(flags), command_of(flags),
+                    layout.standing or standing,
                     flags.launch_tensorboard, terms)
     except ValueError as error:
         raise BadValue(str(error)) from error

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster import ec2, ladder, prices
+from cluster import bucket, ec2, ladder, prices
 from cluster.backends import Watch, Wish
 from cluster.ec2 import CallFailed, Cloud, Image, Instance, Network, Type
 from cluster.journal import Journal, owner_name
 from cluster.plan import Layout, Node, Plan, torchrun
 from cluster.prices import Estimate
 from cluster.remote import RemoteJob
-from cluster.run import Refused
+from cluster.run import Refused, Standing
 from cluster.spec import KINDS, Config, Terms
 from cluster.stacks import Stack, stack_for
 
@@ -45,6 +45,8 @@ class Facts:
     account: Account | None = None
     zones: tuple[str, ...] = ()                   # best first
     spot_usd: dict[str, float] | None = None      # of one machine, by zone
+    standing: Standing | None = None              # of the run in the bucket, where that has more of it
+    of_s3: tuple[str, ...] = ()                   # what is to be said about it
 
 
 def survey(wish: Wish) -> Facts:
@@ -62,11 +64,12 @@ def survey(wish: Wish) -> Facts:
         spot_usd = cloud.spot_prices(kind.name)
         existing = tuple(cloud.instances(cluster=wish.name, owner=owner))
         refuse_others(wish, existing)
+        standing, of_s3 = survey_s3(wish, cloud)
         scores = cloud.scores(kind.name, machines.count) if machines.spot and not existing else {}
         account = Account(cloud, cloud.image(terms.image or stack.image), network,
                           terms.ssh_cidr or ec2.caller_address(), cloud.key_pair(owner))
         best_first = ladder.order_zones(zones, scores, spot_usd)
-        return Facts(terms, owner, kind, stack, existing, account, best_first, spot_usd)
+        return Facts(terms, owner, kind, stack, existing, account, best_first, spot_usd, standing, of_s3)
     except CallFailed as error:
         raise Refused(f"{error}\nNothing was started.") from error
     except Refused:
@@ -76,6 +79,22 @@ def survey(wish: Wish) -> Facts:
         offline = Type(kind_.name, kind_.cores, kind_.memory_gib, kind_.gpus, kind_.gpu, kind_.gpu_memory_gib, "x86_64",
                        kind_.efa, max(1, kind_.efa), 0, True)
         return Facts(terms, owner, offline, stack_for(offline))
+
+
+def survey_s3(wish: Wish, cloud: Cloud) -> tuple[Standing | None, tuple[str, ...]]:
+    """How far the run is by its bucket, where that has more of it, and what to say. Raises Refused, CallFailed."""
+    terms, standing, notes = wish.terms, None, list[str]()
+    if terms.role and cloud.has_profile(terms.role) is False:
+        raise Refused(f"--role: there is no instance profile {terms.role} in the account {cloud.account}")
+    if terms.data:
+        notes += bucket.look(cloud, bucket.parse(terms.data), "--data")
+        bucket.has_data(cloud, bucket.parse(terms.data))
+    if terms.bucket:
+        place = bucket.parse(terms.bucket)
+        notes += bucket.look(cloud, place, "--bucket")
+        there = bucket.standing(cloud, place / wish.name, wish.config.recipe)
+        standing = there if bucket.further(wish.standing, there) is there else None
+    return standing, tuple(notes)
 
 
 def lay_out(wish: Wish, facts: Facts) -> Layout:
@@ -95,7 +114,8 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
         str(estimate) if estimate else "price unknown: it is not in the table, and EC2 does not say",
         ("none: the image has the environment" if terms.skip_setup else
          f"stack {facts.stack.name}: {facts.stack.about}") + (f"; {facts.account.image}" if facts.account else ""),
-        tuple(_notes(facts, most_hours)), question(machines.count, facts, estimate, most_hours), facts)
+        tuple(_notes(facts, most_hours)), question(machines.count, facts, estimate, most_hours), facts,
+        facts.standing)
 
 
 def node_command(wish: Wish | Plan, node: int, ranks: int, python: str, master: str) -> tuple[str, ...]:
@@ -132,7 +152,9 @@ def refuse_others(wish: Wish, existing: Sequence[Instance]) -> None:
 def config_hash(wish: Wish | Plan) -> str:
     """What machines must agree in to be taken for the wished ones."""
     machines = wish.config.machines
-    return hashlib.sha256(json.dumps([machines.kind, machines.count, wish.terms.image]).encode()).hexdigest()[:12]
+    terms = wish.terms
+    role = [terms.role or "own"] if terms.role or terms.needs_s3 else []
+    return hashlib.sha256(json.dumps([machines.kind, machines.count, terms.image, *role]).encode()).hexdigest()[:12]
 
 
 def estimated(facts: Facts, config: Config, ranks: int, *, spot: bool | None = None,
@@ -179,6 +201,7 @@ def _notes(facts: Facts, hours: float) -> Iterator[str]:
     if facts.existing:
         yield (f"{len(facts.existing)} machine(s) of this name are up already: what trains there is followed, else "
                f"it goes on there")
+    yield from facts.of_s3
     if facts.account is None:
         yield "nobody was asked: without AWS credentials the prices are the table's"
     cap = f", or when the run has cost ${terms.budget:.2f}" if terms.budget else ""

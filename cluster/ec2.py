@@ -2,8 +2,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import ipaddress
+import json
 import os
 import re
 import time
@@ -14,6 +16,7 @@ from datetime import datetime, timezone
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
+from cluster.bucket import role_path
 from cluster.run import Refused
 from engine.values import nearest
 
@@ -28,9 +31,10 @@ ONCE = {"total_max_attempts": 1, "mode": "standard"}       # else botocore repea
 VISIBLE_S = (.5, 1, 2, 4, 8, 15)                  # pauses until what was just made is visible to EC2's other calls
 CLUSTER, OWNER, EXPIRES = "txl:cluster", "txl:owner", "txl:expires"        # tags
 DOOR = "mosh"                                     # description of a rule that is there for a while only
+REGION = "txl:region"                             # a tag of roles, which are in none
 
-# Codes of EC2 and STS by what to do about them. What is in no row: any ...LimitExceeded is a quota, any ...NotFound
-# missing, any ...Duplicate duplicate, a 5xx throttled, and the rest is our request's fault.
+# Codes of EC2, IAM and STS by what to do about them. What is in no row: any ...LimitExceeded is a quota, any
+# ...NotFound missing, any ...Duplicate duplicate, a 5xx throttled, and the rest is our request's fault.
 CODES: dict[Verdict, str] = {
     "capacity": "InsufficientInstanceCapacity InsufficientHostCapacity InsufficientReservedInstanceCapacity "
                 "InsufficientCapacity UnfulfillableCapacity InsufficientFreeAddressesInSubnet SpotMaxPriceTooLow "
@@ -41,9 +45,10 @@ CODES: dict[Verdict, str] = {
               "UnrecognizedClientException",
     "expired": "ExpiredToken ExpiredTokenException RequestExpired",
     "throttled": "RequestLimitExceeded Throttling ThrottlingException EC2ThrottledException",
-    "missing": "InvalidPlacementGroup.Unknown ParameterNotFound",
+    "missing": "InvalidPlacementGroup.Unknown ParameterNotFound NoSuchEntity",
+    "duplicate": "EntityAlreadyExists",
     "busy": "DependencyViolation InvalidGroup.InUse InvalidPlacementGroup.InUse InvalidIPAddress.InUse VolumeInUse "
-            "IncorrectInstanceState IncorrectState",
+            "IncorrectInstanceState IncorrectState DeleteConflict ConcurrentModification",
 }
 VERDICTS = {code: verdict for verdict, codes in CODES.items() for code in codes.split()}
 NOT_HERE = "Unsupported"                          # the kind is not offered in this zone: asking there again is useless
@@ -126,7 +131,7 @@ class Network:
 @dataclass(frozen=True)
 class Thing:
     """Something of ours that is no machine. `id` is what `Cloud.remove` needs."""
-    what: Literal["spot request", "volume", "address", "placement group", "security group"]
+    what: Literal["spot request", "volume", "address", "placement group", "security group", "role"]
     id: str
     cluster: str
     expires: float | None                         # unix time; None: nothing was said
@@ -260,9 +265,14 @@ class Cloud:
             if session.region_name is None:
                 raise Refused("No AWS region. Name one:  --region=us-east-1  or  export AWS_DEFAULT_REGION=us-east-1")
             self.region: str = session.region_name
-            clients = [session.client(service, config=Config(connect_timeout=CONNECT_S, read_timeout=READ_S,
-                                                             retries=retries))
-                       for service, retries in (("ec2", READS), ("ec2", ONCE), ("ssm", READS), ("sts", READS))]
+
+            @functools.cache
+            def client(service: str, once: bool = False) -> Any:
+                return session.client(service, config=Config(connect_timeout=CONNECT_S, read_timeout=READ_S,
+                                                             retries=ONCE if once else READS))
+
+            self._client = client
+            clients = [client("ec2"), client("ec2", once=True), client("ssm"), client("sts")]
         except BotoCoreError as error:
             raise Refused(f"The AWS configuration cannot be used: {error}\n"
                           f"See `aws configure list`, AWS_PROFILE and ~/.aws/config") from error
@@ -373,6 +383,16 @@ class Cloud:
         reservations = self._pages("describe_instances", "Reservations", Filters=filters)
         return _instances(x for reservation in reservations for x in reservation["Instances"])
 
+    def has_profile(self, name: str) -> bool | None:
+        """Whether there is an instance profile of this name; None where one may not ask."""
+        try:
+            self.call("iam", "get_instance_profile", InstanceProfileName=name)
+        except CallFailed as error:
+            if error.verdict not in ("missing", "denied"):
+                raise
+            return None if error.verdict == "denied" else False
+        return True
+
     def leftovers(self, owner: str | None = None, cluster: str | None = None) -> list[Thing]:
         """What carries our tags and is no machine nor part of one, in the order in which it can be removed. Of living
         clusters too: what is left over is what no machine of `instances` belongs to."""
@@ -386,6 +406,7 @@ class Cloud:
             *(_thing("placement group", x["GroupName"], x)
               for x in ours("describe_placement_groups", "PlacementGroups", state="available")),
             *(_thing("security group", x["GroupId"], x) for x in ours("describe_security_groups", "SecurityGroups")),
+            *(_thing("role", name, {"Tags": tags}) for name, tags in self._roles(owner, cluster)),
         ]
 
     def key_pair(self, owner: str) -> str | None:
@@ -483,6 +504,21 @@ class Cloud:
                        TagSpecifications=_tag_specification("placement-group", tags))
         return name
 
+    def role(self, name: str, path: str, trust: Mapping[str, Any], policy: Mapping[str, Any],
+             tags: Mapping[str, str]) -> str:
+        """The instance profile `name`, whose role of the same name may do what `policy` says and no more. EC2 may take
+        some seconds until it knows a new one: RunInstances then fails with `missing`."""
+        iam = self._client("iam")
+        with _but_for("duplicate"):
+            self._call("create_role", on=iam, RoleName=name, Path=path, AssumeRolePolicyDocument=json.dumps(trust),
+                       Tags=_tag_list({**tags, REGION: self.region}))
+        self._patiently("put_role_policy", on=iam, RoleName=name, PolicyName=name, PolicyDocument=json.dumps(policy))
+        with _but_for("duplicate"):
+            self._call("create_instance_profile", on=iam, InstanceProfileName=name, Path=path)
+        with _but_for("quota"):                   # it has its one role already
+            self._patiently("add_role_to_instance_profile", on=iam, InstanceProfileName=name, RoleName=name)
+        return name
+
     def address(self, instance_id: str, tags: Mapping[str, str]) -> str:
         """A public address for a running machine that came without one: the cluster's own where it has one already."""
         machine = self._visible("describe_instances", "Reservations", InstanceIds=[instance_id])["Instances"][0]
@@ -501,6 +537,9 @@ class Cloud:
 
     def remove(self, thing: Thing) -> None:
         """What is gone already is fine. CallFailed with `busy`: something still uses it, ask again later."""
+        if thing.what == "role":
+            self._remove_role(thing.id)
+            return
         operation, name = {
             "spot request": ("cancel_spot_instance_requests", "SpotInstanceRequestIds"),
             "volume": ("delete_volume", "VolumeId"),
@@ -511,7 +550,40 @@ class Cloud:
         with _but_for("missing"):
             self._call(operation, **{name: [thing.id] if name.endswith("Ids") else thing.id})
 
+    # --- other services ---
+
+    def call(self, service: str, operation: str, **arguments: Any) -> dict[str, Any]:
+        return self._call(operation, on=self._client(service), **arguments)
+
+    def pages(self, service: str, operation: str, key: str, **arguments: Any) -> list[dict[str, Any]]:
+        return self._pages(operation, key, on=self._client(service), **arguments)
+
     # --- below ---
+
+    def _roles(self, owner: str | None, cluster: str | None) -> Iterator[tuple[str, list[dict[str, str]]]]:
+        """Name and tags of those of this region. Who may not list them has made none."""
+        try:
+            there = self.pages("iam", "list_roles", "Roles", PathPrefix=role_path(owner, cluster))
+        except CallFailed as error:
+            if error.verdict != "denied":
+                raise
+            return
+        for role in there:
+            listed: list[dict[str, str]] = []
+            with _but_for("missing"):             # gone meanwhile
+                listed = self.call("iam", "list_role_tags", RoleName=role["RoleName"])["Tags"]
+            tags = _tags({"Tags": listed})
+            if tags.get(REGION) == self.region and cluster in (None, tags.get(CLUSTER)):
+                yield role["RoleName"], listed
+
+    def _remove_role(self, name: str) -> None:
+        """The role itself last: by it the rest is found."""
+        profile, role = {"InstanceProfileName": name}, {"RoleName": name}
+        for operation, arguments in (("remove_role_from_instance_profile", profile | role),
+                                     ("delete_instance_profile", profile),
+                                     ("delete_role_policy", role | {"PolicyName": name}), ("delete_role", role)):
+            with _but_for("missing"):
+                self.call("iam", operation, **arguments)
 
     def _make_equal(self, group: str, permissions: list[dict[str, Any]], wanted: set[Rule], allow: str,
                     forbid: str) -> None:
@@ -527,10 +599,10 @@ class Cloud:
         with classified(operation):
             return getattr(on or self._ec2, operation)(**arguments)
 
-    def _pages(self, operation: str, key: str, **arguments: Any) -> list[dict[str, Any]]:
+    def _pages(self, operation: str, key: str, *, on: Any = None, **arguments: Any) -> list[dict[str, Any]]:
         with classified(operation):
-            pages = self._ec2.get_paginator(operation).paginate(**arguments)
-            return [item for page in pages for item in page[key]]
+            pages = (on or self._ec2).get_paginator(operation).paginate(**arguments)
+            return [item for page in pages for item in page.get(key, [])]
 
     def _patiently(self, operation: str, **arguments: Any) -> dict[str, Any]:
         """For what refers to something just made: EC2 may not know it everywhere yet."""
@@ -658,7 +730,8 @@ def _but_for(verdict: Verdict) -> Iterator[None]:
 def _refused_by_aws(action: str, response: dict[str, Any]) -> CallFailed:
     code, status = response["Error"].get("Code", ""), response["ResponseMetadata"].get("HTTPStatusCode", 400)
     said = re.split(r"\s*Encoded authorization failure", response["Error"].get("Message", ""))[0]
-    return CallFailed(action, code, " ".join(said.split()), verdict_of(code, status))
+    unseen = code == "InvalidParameterValue" and "Invalid IAM Instance Profile" in said      # one just made, at times
+    return CallFailed(action, code, " ".join(said.split()), "missing" if unseen else verdict_of(code, status))
 
 
 def _no_entry(error: CallFailed, session: Any) -> str:

@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from cluster import deliver, doors, ec2, ladder, reach, ready, run, ssh
+from cluster import bucket, deliver, doors, ec2, ladder, reach, ready, run, ssh
 from cluster.aws import Facts, config_hash, estimated, limit_hours, node_command, refuse_others, uses_efa
 from cluster.backends import Watch, Wish
 from cluster.boot import Limits, user_data
@@ -28,7 +28,6 @@ from cluster.remote import RemoteJob, board_port
 from cluster.run import Broken, Refused, Stopped
 from cluster.ssh import Host, Interrupted, Shell, SomeFailed, Trouble
 from cluster.stacks import installation
-from engine.values import to_json
 
 COMING_S, READY_S = 600, 900                      # until machines run, and until they are ready, at most
 WORTH_S = 600                                     # machines that a budget holds for less are not launched
@@ -119,6 +118,7 @@ class Launch:
         if existing:
             self.watch.say(f"{len(existing)} machine(s) of {self.plan.name} are up already: taking these.")
             self.security_group(existing[0].tags)
+            self.profile(existing[0].tags)
         return existing
 
     def provisioned(self) -> list[Instance]:
@@ -128,6 +128,7 @@ class Launch:
         expires = time.time() + max_s + 1800      # the watchdog's clock begins later than ours
         tags = ec2.tags_of(plan.name, facts.owner, config_hash(plan), expires,
                            f"{self.terms.minutes_after_success:g}/{self.terms.minutes_after_failure:g}")
+        profile = self.profile(tags)              # first: EC2 takes a while to know it
         group = self.security_group(tags)
         placement = self.cloud.placement_group(self.group_name, tags) if self.count > 1 else None
         public_key = ssh.key(home()).with_suffix(".pub").read_text().strip()
@@ -155,7 +156,7 @@ class Launch:
                 kind=facts.type, count=self.count, market=move.market, zone=move.zone,
                 subnet=self.account.network.subnets[move.zone], group=group, placement=placement,
                 image=self.account.image, disk_gib=self.terms.disk_gib, user_data=user_data(limits, public_key),
-                tags=tags, token=token, key_pair=self.account.key_pair)
+                tags=tags, token=token, profile=profile, key_pair=self.account.key_pair)
             if price_cap is not None:
                 request["InstanceMarketOptions"]["SpotOptions"]["MaxPrice"] = f"{price_cap:.4f}"
             price = {"usd_per_hour": rate or 0.0, "until": min(expires, time.time() + (budget_s or max_s))}
@@ -197,6 +198,28 @@ class Launch:
         """Of this cluster, open to where we are now."""
         return self.cloud.security_group(self.group_name, self.account.network.vpc, self.account.cidr, dict(tags),
                                          doors.in_use(self.plan.name))
+
+    def profile(self, tags: Mapping[str, str]) -> str | None:
+        """The machines' instance profile: one that was named, or the run's own, which may do what the run needs of S3;
+        None where it needs nothing. Raises Refused where it may not be made."""
+        terms, owner, name = self.terms, self.facts.owner, self.plan.name
+        if terms.role or not terms.needs_s3:
+            return terms.role
+        try:
+            return self.cloud.role(
+                bucket.role_name(owner, name, self.cloud.region), bucket.role_path(owner, name), bucket.trust(),
+                bucket.policy(self.place, bucket.parse(terms.data) if terms.data else None,
+                              self.cloud.caller.split(":")[1]), tags)
+        except CallFailed as error:
+            if error.verdict != "denied":
+                raise
+            raise Refused(f"The machines need a role for S3, and {self.cloud.caller} may not make one: {error}\n"
+                          f"Or name an instance profile that may do the same:  --role=NAME") from error
+
+    @property
+    def place(self) -> bucket.Place | None:
+        """Where the run is kept in S3."""
+        return bucket.parse(self.terms.bucket) / self.plan.name if self.terms.bucket else None
 
     def ondemand_allowed(self) -> tuple[bool, str]:
         """Whether on-demand machines may take the place of spot ones, and what to say where not."""
@@ -319,34 +342,70 @@ class Launch:
             say("Bringing the code.")
             deliver.send_code(shells, CHECKOUT, say=say, interrupted=interrupted)
             say("Checking the environment.")
-            python = reach.setup(shells, None, stack.torch, stack.index_url,
-                                 (CHECKOUT / "requirements.txt").read_text(), skip=self.terms.skip_setup, say=say,
-                                 interrupted=interrupted)
+            needed = "".join((CHECKOUT / f"requirements{of}.txt").read_text() for of in ("", "-launch"))
+            python = reach.setup(shells, None, stack.torch, stack.index_url, needed, skip=self.terms.skip_setup,
+                                 more=("boto3",) if self.terms.needs_s3 else (), say=say, interrupted=interrupted)
             self.bring_inputs(shells, python)
-            self.bring_run(shells)
+            if plan.standing.place:               # what is there already stays: the further one comes first
+                say(f"The run is further in {self.place} than here: the machines fetch step {plan.standing.step}.")
+                self.bring_kept(shells, python)
+                self.bring_run(shells)
+            else:
+                self.bring_run(shells)
+                self.bring_kept(shells, python)
             say("Starting the training.")
-            launch, recipe_path = uuid.uuid4().hex[:12], plan.run_dir / "recipe.json"
+            launch = uuid.uuid4().hex[:12]
             launches = [self.launch_of(launch, node, host, hosts[0], python) for node, host in
                         zip(plan.layout.nodes, hosts)]
-            reach.start(shells, plan.run_dir.as_posix(), launches,
-                        {recipe_path.as_posix(): json.dumps(to_json(plan.config.recipe), indent=1) + "\n"},
-                        interrupted=interrupted)
+            reach.start(shells, plan.run_dir.as_posix(), launches, self.records(), interrupted=interrupted)
         return self.job(shells, launch)
 
     def launch_of(self, launch: str, node: Node, host: Host, first: Host, python: str) -> dict[str, Any]:
         board = [python, "-m", "tensorboard.main", f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
                  f"--port={board_port(self.plan.name)}"]
         command = node_command(self.plan, node.rank, node.ranks, python, first.private)
-        return {"launch": launch, "command": list(command), "env": node.env, "private": host.private,
-                "tensorboard": board if self.plan.tensorboard and node.rank == 0 else None}
+        return {"launch": launch, "command": list(command), "env": node.env | self.aws_env(), "private": host.private,
+                "tensorboard": board if self.plan.tensorboard and node.rank == 0 else None,
+                "mirror": self.in_bucket("mirror", node, python) if self.place else None}
+
+    def records(self) -> dict[str, str]:
+        """Files of the run's folder that the machines must have: the recipe, and for the bucket how it came about."""
+        names = ("recipe.json", "plan.txt", "command.txt", "commit.txt") if self.place else ("recipe.json",)
+        return {(self.plan.run_dir / name).as_posix(): (self.plan.run_dir / name).read_text() for name in names}
+
+    def aws_env(self) -> dict[str, str]:
+        """What leads programs on the machines to S3. Their credentials come from their role."""
+        here = {name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3") if name in os.environ}
+        return {"AWS_DEFAULT_REGION": self.cloud.region} | here if self.terms.needs_s3 else {}
+
+    def in_bucket(self, verb: str, node: Node, python: str) -> list[str]:
+        """The command, in ~/txl, for a node's part of the run's folder."""
+        return [python, "-m", "cluster.host.bucket", verb, self.plan.run_dir.as_posix(), str(self.place),
+                f"--node={node.rank}", f"--ranks={node.ranks}"]
+
+    def bring_kept(self, shells: list[Shell], python: str) -> None:
+        """From the bucket: the run's logs, to go on, and whole checkpoints that the machines have not."""
+        if self.place:
+            self.on_s3(shells, [self.in_bucket("resume", node, python) for node in self.plan.layout.nodes])
+
+    def on_s3(self, shells: list[Shell], commands: list[list[str]]) -> None:
+        """Command i on machine i, in ~/txl."""
+        env = [f"{name}={value}" for name, value in self.aws_env().items()]
+        ssh.each(range(len(shells)), lambda i: shells[i].run(
+            f"cd {deliver.HOME} && {shlex.join(['env', *env, *commands[i]])}", timeout_s=ssh.COPY_S, tied=True,
+            interrupted=self.watch.interrupted), name=lambda i: shells[i].name)
 
     def bring_inputs(self, shells: list[Shell], python: str) -> None:
         """Data, and weights to start from."""
         recipe, missing = self.plan.config.recipe, []
-        for path in map(Path, recipe.inputs):
+        for i, path in enumerate(map(Path, recipe.inputs)):
             if path.is_absolute():
                 raise Broken(f"{path} is an absolute path, which machines do not share. Give one below {Path.cwd()}")
-            if path.exists():
+            if i == 0 and (data := self.terms.data):              # the folder of the data
+                self.watch.say(f"The machines fetch {path} from {data}.")
+                words = [python, "-m", "cluster.host.bucket", "fetch", data, path.as_posix()]
+                self.on_s3(shells, [words] * len(shells))
+            elif path.exists():
                 self.watch.say(f"Bringing {path}.")
                 deliver.send(shells, path, f"txl/{path if path.is_dir() else path.parent}", say=self.watch.say,
                            interrupted=self.watch.interrupted, introduced=True)

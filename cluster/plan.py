@@ -35,6 +35,7 @@ class Layout:
     notes: tuple[str, ...] = ()
     ask: str | None = None                        # a question to answer with yes before it is carried out
     facts: Any = None                             # what the backend saw, for it to act on
+    standing: Standing | None = None              # where the backend knows of more than the run's folder here
 
     @property
     def ranks(self) -> int:

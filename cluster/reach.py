@@ -22,10 +22,10 @@ TRAINING = ("numpy", "tensorboard", "tokenizers") # what it imports beside torch
 LAUNCHERS = ("lock", "stop", "recipe.json", "plan.txt", "command.txt", "commit.txt")      # of a run's folder
 
 # Whether a Python has what training needs; the last line of the traceback says what is missing.
-CHECK = f"""
+CHECK = """
 import os, sys
 assert sys.version_info >= (3, 10), "Python is %d.%d, needed is 3.10" % sys.version_info[:2]
-import {", ".join(TRAINING)}, torch
+import {packages}, torch
 version = torch.__version__
 assert tuple(map(int, version.split(".")[:2])) >= (2, 11), "torch is " + version + ", needed is 2.11"
 assert torch.cuda.is_available() or not os.path.exists("/proc/driver/nvidia/version"), "torch sees no GPU"
@@ -79,20 +79,23 @@ def holding(shells: Sequence[Shell], every_s: float = 60) -> Iterator[None]:
 
 
 def setup(shells: Sequence[Shell], stack_python: str | None, torch: str, index_url: str | None, requirements: str, *,
-          skip: bool, say: Callable[[str], None] = print, interrupted: Callable[[], bool] = never) -> str:
+          skip: bool, more: Sequence[str] = (), say: Callable[[str], None] = print,
+          interrupted: Callable[[], bool] = never) -> str:
     """The Python to run the training with, as seen from ~/txl: one that is there and has everything, else a new one.
 
-    `requirements`: the text of requirements.txt, of which training needs a part. A new one is made on node 0 and
-    copied, as only node 0 may have a way out to the package index. A copy works under another home too, as long as its
-    programs are called as `venv/bin/python -m`: python finds its packages from where it is, only scripts have paths.
+    `requirements`: the text of requirements.txt, of which training needs a part; `more`: packages beside those. A new
+    one is made on node 0 and copied, as only node 0 may have a way out to the package index. A copy works under
+    another home too, as long as its programs are called as `venv/bin/python -m`: python finds its packages from where
+    it is, only scripts have paths.
     """
-    wanted = [f"torch=={torch}", *training_requirements(requirements)]
+    packages = (*TRAINING, *more)
+    wanted = [f"torch=={torch}", *training_requirements(requirements, packages)]
     stamp = hashlib.sha256("\n".join([*wanted, index_url or ""]).encode()).hexdigest()[:16]
     image = stack_python or "python3"
     made = f'[ "$(cat venv/stamp 2> /dev/null)" = {stamp} ] && venv/bin/python'
-    if _lacks(shells, made, interrupted) is None:
+    if _lacks(shells, made, packages, interrupted) is None:
         return "venv/bin/python"
-    if (lacks := _lacks(shells, shlex.quote(image), interrupted)) is None:
+    if (lacks := _lacks(shells, shlex.quote(image), packages, interrupted)) is None:
         return image
     if skip:
         raise Trouble(lacks.name, f"{lacks.reason}\n--skip_setup takes {image} as it is; without it all is installed")
@@ -103,21 +106,21 @@ def setup(shells: Sequence[Shell], stack_python: str | None, torch: str, index_u
     done = shells[0].run(script, check=False, tied=True, timeout_s=3600, interrupted=interrupted)
     if done.status:
         raise Failed(shells[0].name, f"the installation failed: {pips_reason(done.err)}\nWith an image whose "
-                                     f"{image} has torch, {', '.join(TRAINING)}: --skip_setup", done.status)
+                                     f"{image} has torch, {', '.join(packages)}: --skip_setup", done.status)
     if len(shells) > 1:
         say(f"Copying it to {len(shells) - 1} more")
         introduce(shells, interrupted)
         fan_out(shells, f"{HOME}/venv/", f"{HOME}/venv/", ("--delete", "--exclude=/stamp"), interrupted)
-    if lacks := _lacks(shells, "venv/bin/python", interrupted):
+    if lacks := _lacks(shells, "venv/bin/python", packages, interrupted):
         raise lacks
     each(shells, lambda shell: shell.run(f"echo {stamp} > {HOME}/venv/stamp", interrupted=interrupted), name=NAME)
     return "venv/bin/python"
 
 
-def training_requirements(text: str) -> list[str]:
-    """The lines of a requirements.txt that training needs, in TRAINING's order. torch is the stack's."""
+def training_requirements(text: str, packages: Sequence[str] = TRAINING) -> list[str]:
+    """The lines of a requirements.txt that training needs, in the order of `packages`. torch is the stack's."""
     lines = [line.partition("#")[0].strip() for line in text.splitlines()]
-    return [next((line for line in lines if re.match(rf"{name}\b", line)), name) for name in TRAINING]
+    return [next((line for line in lines if re.match(rf"{name}\b", line)), name) for name in packages]
 
 
 def pips_reason(err: str) -> str:
@@ -154,7 +157,7 @@ def fetch(shell: Shell, remote_run: str, local: Path, *, models: bool = False, w
     A log that has grown costs what was added, and is replaced as a whole: who reads it here by name sees no half.
     """
     local.mkdir(parents=True, exist_ok=True)
-    private = ("nodes/*.launch.json", "nodes/*.lock", "nodes/*.kill")
+    private = ("nodes/*.launch.json", "nodes/*.lock", "nodes/*.kill", "nodes/*.mirror")
     shell.get(f"{remote_run}/", f"{local}/", *(f"--exclude=/{name}" for name in (*LAUNCHERS, *private, *without)),
               "--exclude=.*.partial", *([] if models else ["--exclude=*.pt"]), interrupted=interrupted)
 
@@ -172,10 +175,13 @@ def bring(shell: Shell, local: Path, remote_run: str, logs: Sequence[str], *, re
               *([f"--exclude=/{name}" for name in no] if rest else ["--exclude=*"]), interrupted=interrupted)
 
 
-def _lacks(shells: Sequence[Shell], python: str, interrupted: Callable[[], bool]) -> Trouble | None:
+def _lacks(shells: Sequence[Shell], python: str, packages: Sequence[str],
+           interrupted: Callable[[], bool]) -> Trouble | None:
     """Which machines' `python` (as a shell's words, in ~/txl) cannot train, and why; None: all can."""
+    program = CHECK.format(packages=", ".join(packages))
+
     def check(shell: Shell) -> str | None:
-        result = shell.run(f"cd {HOME} && {python} -c {shlex.quote(CHECK)}", check=False, timeout_s=300,
+        result = shell.run(f"cd {HOME} && {python} -c {shlex.quote(program)}", check=False, timeout_s=300,
                            interrupted=interrupted)
         return (result.err.strip().splitlines() or ["it is not there"])[-1] if result.status else None
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from cluster import reach, ssh
 from cluster.backends import LOST, Watch
+from cluster.follow import Tail
 from cluster.local import free_port
 from cluster.run import Broken
 from cluster.ssh import Interrupted, Shell, SomeFailed, Trouble, each
@@ -24,6 +25,7 @@ SILENT_S = 20                                     # without a sign of a machine 
 ASK_S = 5                                         # between two askings, and two tries at a tunnel
 GRACE_S = 15                                      # between a node's failure and ending the others
 END_S = 15                                        # for a machine to be told to end
+SAYS = "bucket: "                                 # host/bucket.py: how its lines begin that are for a person
 
 
 class RemoteJob:
@@ -47,6 +49,7 @@ class RemoteJob:
         self._kill_at: float | None = None        # set when a node failed: when the others are ended
         self._told: set[int] = set()
         self._ended: set[int] = set()             # nodes that were told to end
+        self._of_bucket = [Tail(run_dir / "logs" / f"bucket-{i}.log") for i in range(len(shells))]
         self._over = threading.Event()
         works: list[Callable[[], None]] = [*(partial(self._follow, i) for i in self._nodes), self._ask,
                                            self._fetch_models, *([self._keep_tunnel] if tensorboard else [])]
@@ -56,6 +59,7 @@ class RemoteJob:
 
     def poll(self) -> tuple[int, ...] | None:
         self._tell_of_silence()
+        self._tell_of_bucket()
         statuses = self._statuses()
         for i, status in enumerate(statuses):
             if status is not None and i not in self._told:
@@ -101,6 +105,7 @@ class RemoteJob:
                 each(here, self._fetch_last, name=_name)
         except (Trouble, OSError) as error:
             failed = error
+        self._tell_of_bucket()
         self._bye()
         for i in here:
             self.shells[i].close()
@@ -119,6 +124,12 @@ class RemoteJob:
 
     def _statuses(self) -> list[int | None]:
         return [LOST if i in self._lost else self._status(i) for i in self._nodes]
+
+    def _tell_of_bucket(self) -> None:
+        for i, log in enumerate(self._of_bucket):
+            for line in log.lines():
+                if line.startswith(SAYS):
+                    self._watch.say(f"node-{i}: {line}")
 
     def _status(self, node: int) -> int | None:
         said = self._said(node)

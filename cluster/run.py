@@ -40,35 +40,38 @@ class Standing:
     ranks: int | None = None                      # that wrote it
     message: str = ""                             # the trainer's last word
     changes: tuple[str, ...] = ()                 # in what does not move the curve
+    place: str | None = None                      # where the run is that far; None: in its folder here
 
     def __str__(self) -> str:
+        there = f", as {self.place} has it" if self.place else ""
         if self.state == "finished":
-            return f"finished at step {self.step}, {self.message}"
+            return f"finished at step {self.step}, {self.message}{there}"
         if self.state == "new":
             return "new"
         begin = f"goes on from step {self.step}" if self.step is not None else "starts again, it left no checkpoint"
-        return ", now with ".join([begin, *self.changes])
+        return ", now with ".join([begin + there, *self.changes])
 
 
 NEW = Standing()
 
 
-def standing(run_dir: Path, recipe: Recipe) -> Standing:
-    """What a launch of `recipe` under this name would be.
+def standing(run_dir: Path, recipe: Recipe, called: str | None = None) -> Standing:
+    """What a launch of `recipe` under this name would be. `called`: what to call the folder, where it is a copy.
 
     Raises Refused where the name belongs to another recipe, or the weights to start from are not here.
     """
+    called = called or str(run_dir)
     try:
         old = from_json(type(recipe), json.loads((run_dir / "recipe.json").read_text()))
     except FileNotFoundError:
         return _beginning(Standing(), recipe)
     except (BadValue, json.JSONDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise Refused(f"{run_dir}/recipe.json is not a recipe that this version reads: {error}\n"
-                      f"Choose another --name, or remove {run_dir}") from error
+        raise Refused(f"{called}/recipe.json is not a recipe that this version reads: {error}\n"
+                      f"Choose another --name, or remove {called}") from error
     changes = tuple(differences(old, recipe))
     if other := [change for change in changes if not change.startswith("clock.")]:
-        raise Refused("\n  ".join([f"{run_dir} is another run, with another recipe (theirs -> yours):", *other])
-                      + f"\nChoose another --name, or remove {run_dir}")
+        raise Refused("\n  ".join([f"{called} is another run, with another recipe (theirs -> yours):", *other])
+                      + f"\nChoose another --name, or remove {called}")
     status = read_status(run_dir)
     if status.get("state") == "finished":
         return Standing("finished", status.get("step"), message=status.get("message", ""))

@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from cluster.bucket import parse
 from engine.config import Recipe
 
 
@@ -80,6 +81,13 @@ class Terms:
     skip_setup: bool = False                      # the image has the environment already
     yes: bool = False                             # do not ask
     detach: bool = False                          # return as soon as the training runs
+    bucket: str | None = None                     # in S3, where the machines keep the run's folder
+    data: str | None = None                       # in S3, where they fetch the recipe's data from
+    role: str | None = None                       # an instance profile that is there; None: one of the run's own
+
+    @property
+    def needs_s3(self) -> bool:
+        return self.bucket is not None or self.data is not None
 
     def __post_init__(self):
         for name in ("wait", "minutes_after_success", "minutes_after_failure"):
@@ -88,6 +96,9 @@ class Terms:
         for name in ("budget", "max_hours", "disk_gib"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name):g}: it must be above 0")
+        for name in ("bucket", "data"):
+            if getattr(self, name) is not None:
+                parse(getattr(self, name))
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import fcntl
 import json
+import math
 import os
 import re
 import shlex
@@ -28,7 +29,9 @@ from typing import Any, NamedTuple
 BEAT_S = 1
 LEASE_S = 20
 START_S = 30                                      # that a detached start may take
-AGAIN_S = 60                                      # between two starts of a TensorBoard that ends
+AGAIN_S = 60                                      # between two starts of a companion that ends
+MIRROR_S = 720                                    # a last pass of the mirror without progress; it gives up before
+MIRROR_ENDS = (0, 3)                              # statuses of a mirror that has done what it could: host/bucket.py
 GONE_S = 10                                       # for what was killed to be gone
 LAUNCHED = "=== launched"                         # cluster/run.py: how the line of a launch begins in a node's log
 RUNS = "runs: "                                   # how the word of a supervisor begins whose command has started
@@ -44,6 +47,7 @@ class Launch(NamedTuple):
     env: dict[str, str]
     private: str
     tensorboard: list[str] | None = None
+    mirror: list[str] | None = None
 
 
 class CannotStart(Exception):
@@ -116,8 +120,9 @@ class Job:
         lease = Path(os.environ.get("TXL_ROOT", "") + "/var/lib/txl/lease")
         self.lease = lease / "run" if lease.is_dir() else None         # none: a machine that does not power itself off
         self.beats, self.leases, self.lease_at = 0, 0, 0.0
-        self.tensorboard: subprocess.Popen | None = None
-        self.tensorboard_at = 0.0
+        unmarked = {name: value for name, value in self.env.items() if name != "TXL_JOB"}      # it outlives the rest
+        self.tensorboard = Companion(launch.tensorboard, self.env, run_dir / "logs" / "tensorboard.log")
+        self.mirror = Companion(launch.mirror, unmarked, run_dir / "logs" / f"bucket-{node}.log")
         log.write(f"{LAUNCHED} {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {shlex.join(launch.command)}\n".encode())
         self.command = _spawn(launch.command, self.env, log, keep=[lock])      # nothing else starts while it lives
         self.beat()
@@ -128,7 +133,8 @@ class Job:
             signal.signal(sign, lambda *_: self.command.terminate())
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
         while self.command.poll() is None:
-            self.keep_tensorboard()
+            self.tensorboard.keep()
+            self.mirror.keep()
             # Not by sigtimedwait: interrupted until its time is over, it returns a signal that never came (Python 3.11)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.command.wait(BEAT_S)
@@ -137,6 +143,7 @@ class Job:
             self.beat()
         status = self.command.returncode
         self.kill()                               # TensorBoard, and the ranks of a torchrun that was killed itself
+        self.finish_mirror()
         self.beat(status)
         return status
 
@@ -165,12 +172,64 @@ class Job:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.02)
 
-    def keep_tensorboard(self) -> None:
-        ended = self.tensorboard is None or self.tensorboard.poll() is not None
-        if self.launch.tensorboard and ended and time.monotonic() >= self.tensorboard_at:
-            self.tensorboard_at = time.monotonic() + AGAIN_S
-            with contextlib.suppress(OSError), open(self.run_dir / "logs" / "tensorboard.log", "ab") as log:
-                self.tensorboard = _spawn(self.launch.tensorboard, self.env, log)
+    def finish_mirror(self) -> None:
+        """Once more what the run's folder has: launcher and watchdog hear of the end when it is kept, or given up."""
+        for _ in range(2):                        # where it is killed, or ends before it hears us: by a new one
+            self.mirror.finish()
+            moved, until = "", time.monotonic() + MIRROR_S
+            while self.mirror.runs():
+                self.beat()
+                now = _text(self.run_dir / "nodes" / f"{self.node}.mirror")
+                if now != moved:
+                    moved, until = now, time.monotonic() + MIRROR_S
+                if time.monotonic() > until:
+                    self.mirror.kill()
+                    return
+                self.mirror.wait(BEAT_S)
+            if self.mirror.status in MIRROR_ENDS:
+                return
+
+
+class Companion:
+    """A command that is kept running beside the job's, if there is one. What it says goes to a log of its own."""
+
+    def __init__(self, command: list[str] | None, env: dict[str, str], log: Path):
+        self.command, self.env, self.log = command, env, log
+        self.process: subprocess.Popen | None = None
+        self.started = -math.inf
+
+    def keep(self) -> None:
+        if self.command and not self.runs() and time.monotonic() >= self.started + AGAIN_S:
+            self._start(self.command)
+
+    def runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+    @property
+    def status(self) -> int | None:
+        """Of its end; 0 for none that was ever to start."""
+        return self.process.poll() if self.process else 0
+
+    def finish(self) -> None:
+        """Ask it for what it does last, also where it does not run."""
+        if self.process and self.runs():
+            self.process.terminate()
+        elif self.command:
+            self._start([*self.command, "--last"])
+
+    def wait(self, seconds: float) -> None:
+        if self.process:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(seconds)
+
+    def kill(self) -> None:
+        if self.process and self.runs():
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def _start(self, command: list[str]) -> None:
+        self.started = time.monotonic()
+        with contextlib.suppress(OSError), open(self.log, "ab") as log:
+            self.process = _spawn(command, self.env, log)
 
 
 def interface(private: str) -> str:
@@ -248,6 +307,13 @@ def _show(name: str, log: Path) -> None:
             subprocess.run([tmux, "new-session", "-d", "-s", re.sub("[.:]", "_", f"txl-{name}"),
                             shlex.join(["tail", "-n", "+1", "-F", str(log.resolve())])],
                            stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=10)
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, ValueError):
+        return ""
 
 
 def _marked(mark: bytes) -> list[int]:

@@ -19,6 +19,7 @@ from moto.ec2.models.instance_types import INSTANCE_TYPES
 from moto.ec2.responses import EC2Response
 from moto.ec2.utils import convert_tag_spec, filter_dict_attribute_mapping, random_id
 
+from cluster.rehearsal.roles import profile_named
 from cluster.rehearsal.world import Machine, Refusal, World, kinds_of, offered, on_demand, price
 
 IMAGES = {"/aws/service/deeplearning/ami/": "898082745236", "/aws/service/canonical/": "099720109477",
@@ -67,6 +68,7 @@ class Actions(EC2Response):
             raise Refusal("InvalidParameterValue", f"User data is limited to {USER_DATA_LIMIT} bytes")
         self._check_image()
         self._check_interfaces()
+        self._check_profile()
         market = self._get_param("InstanceMarketOptions.MarketType") or "ondemand"
         zone, count = self._zone(market), self._room(market)
         if self._get_bool_param("DryRun"):
@@ -311,6 +313,15 @@ class Actions(EC2Response):
                               f"type. Specify a supported instance type or change the placement group strategy, and "
                               f"try again.")
 
+    def _check_profile(self) -> None:
+        asked = self._get_param("IamInstanceProfile") or {}
+        for name, value in asked.items():
+            profile = profile_named(value.rpartition("/")[2])
+            age_s = time.time() - profile.create_date.replace(tzinfo=timezone.utc).timestamp() if profile else 0
+            if profile is None or age_s < self.world.profile_hidden_s:
+                raise Refusal("InvalidParameterValue", f"Value ({value}) for parameter iamInstanceProfile."
+                              f"{name.lower()} is invalid. Invalid IAM Instance Profile {name.lower()}")
+
     def _zone(self, market: str) -> str:
         """Where the launch would be. Raises Unsupported where the type is not offered there."""
         kind, nics = self._get_param("InstanceType"), self._get_param("NetworkInterfaces", [])
@@ -372,6 +383,7 @@ class Actions(EC2Response):
         self.world.add(Machine(
             instance, market, user_data, efa=sum("efa" in eni.interface_type for eni in enis), private=private,
             wants_public=wants_public, made=time.monotonic(), launched=time.time(),
+            profile=(profile.get("Name") or profile["Arn"].rpartition("/")[2]) if profile else None,
             public_key=backend.key_pairs[instance.key_name].public_key.strip() if instance.key_name else ""))
 
 

@@ -68,7 +68,7 @@ class Bench:
             self.hosts = Hosts(machines, tmp, lambda kind: Facts(*facts(kind)))
             stack.callback(self.hosts.close)
             self.ec2: StrictEc2 = stack.enter_context(StrictEc2(self.region, self.hosts))
-            self.world = self.ec2.world
+            self.world, self.hosts.aws = self.ec2.world, self.ec2.url
             self._stack = stack.pop_all()
         return self
 
@@ -129,11 +129,14 @@ class Bench:
 
     def leftovers(self) -> list[str]:
         """What a launch makes beside instances, and must take away again."""
+        from cluster.rehearsal.roles import role_names
+
         backend = self.ec2.backend
         return [f"security group {group.id} {group.name}" for vpc in backend.groups.values() for group in vpc.values()
                 if group.name != "default"] + [
             f"placement group {name}" for name in self.ec2.groups] + [
             f"address {address.public_ip}" for address in backend.addresses] + [
+            f"role {name}" for name in role_names()] + [
             f"volume {id}" for id in backend.volumes] + [f"network interface {id}" for id in backend.enis]
 
     def bill(self) -> list[Line]:

@@ -28,19 +28,22 @@ from werkzeug.serving import make_server
 from werkzeug.wrappers import Response
 
 from cluster.rehearsal.actions import IMAGES, Actions, PlacementGroup, price_list
+from cluster.rehearsal.roles import ALLOWED_AS, PATH, Roles
 from cluster.rehearsal.world import NoPower, Power, Refusal, World
 
 TICK_S = 0.05
 LOST = "ConnectionLost"                           # a call's `code` where it was done and the reply did not arrive
-SCOPE = re.compile(r"Credential=[^/]+/\d+/(?P<region>[^/]+)/(?P<service>[^/]+)/")
+SCOPE = re.compile(r"Credential=(?P<key>[^/]+)/\d+/(?P<region>[^/]+)/(?P<service>[^/]+)/")
 
 
 class Call(NamedTuple):
-    """A request. `params` is flat for EC2 ("Placement.GroupName"), the JSON body for services that speak JSON."""
+    """A request. `params` is flat for EC2 ("Placement.GroupName"), the JSON body for services that speak JSON; for S3
+    the query with Bucket and Key. `action` as policies call it, so HeadObject is GetObject."""
     action: str                                   # RunInstances
     service: str                                  # ec2
     params: dict[str, Any]
     code: str | None                              # of the error that was answered
+    machine: str | None = None                    # whose role asked; None: a user
 
 
 @dataclass
@@ -80,6 +83,7 @@ class StrictEc2:
         self._faults: list[Fault] = []
         self._moto = DomainDispatcherApplication(create_backend_app)
         self.groups: dict[str, PlacementGroup] = {}
+        self.roles = Roles(self.world)
         self._actions: type[Actions] = type("BenchActions", (Actions,), {
             "world": self.world, "groups": self.groups, "launches": {}})
         self._over = threading.Event()
@@ -133,8 +137,13 @@ class StrictEc2:
         body = environ["wsgi.input"].read(int(environ.get("CONTENT_LENGTH") or 0))
         environ["wsgi.input"] = io.BytesIO(body)
         request = _Request(environ)
+        if request.path.startswith(PATH):
+            with self.lock:
+                status, text = self.roles.metadata(request.method, request.path, request.headers)
+            return Response(text, status, content_type="text/plain")(environ, start_response)
         scope = SCOPE.search(environ.get("HTTP_AUTHORIZATION", ""))
-        service = scope["service"] if scope else ""
+        service, key = (scope["service"], scope["key"]) if scope else ("", "")
+        machine = self.roles.machine_of(key)
         action, params = _named(service, request, body)
         environ["wsgi.input"] = io.BytesIO(body)              # read above
         with self.lock:
@@ -144,15 +153,27 @@ class StrictEc2:
         try:
             if fault and not fault.after:
                 raise Refusal(fault.code, fault.message, fault.status)
+            if machine:
+                self._check(service, key, action, params, environ)
             reply, code = self._reply(service, action, params, request, environ)
+            if machine and code and reply.status_code == 404:         # who may not list is not told what is not there
+                self.roles.check(key, environ["HTTP_X_AMZ_SECURITY_TOKEN"], "ListBucket", {"Bucket": params["Bucket"]})
         except Refusal as refusal:
             reply, code = _error(service, refusal), refusal.code
         if fault and fault.after:
-            self.calls.append(Call(action, service, params, LOST))
+            self.calls.append(Call(action, service, params, LOST, machine))
             environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             raise ConnectionAbortedError
-        self.calls.append(Call(action, service, params, code))
+        self.calls.append(Call(action, service, params, code, machine))
         return reply(environ, start_response)
+
+    def _check(self, service: str, key: str, action: str, params: dict[str, Any], environ: dict[str, Any]) -> None:
+        """A machine's role is for S3 alone."""
+        if service != "s3":
+            raise Refusal("UnauthorizedOperation" if service == "ec2" else "AccessDenied",
+                          "You are not authorized to perform this operation.", 403)
+        with self.lock:
+            self.roles.check(key, environ.get("HTTP_X_AMZ_SECURITY_TOKEN", ""), action, params)
 
     def _reply(self, service: str, action: str, params: dict[str, Any], request: Request,
                environ: dict[str, Any]) -> tuple[Response, str | None]:
@@ -207,6 +228,10 @@ class _Quiet(MotoRequestHandler):
 
 def _named(service: str, request: Request, body: bytes) -> tuple[str, dict[str, Any]]:
     """What a request asks for, as the IAM of its service calls it, and with which parameters."""
+    if service == "s3":                           # whose bodies are files
+        bucket, _, name = request.path.removeprefix("/").partition("/")
+        action = str(get_service_router(service).match(request)[0].name)
+        return ALLOWED_AS.get(action, action), {**request.args.to_dict(), "Bucket": bucket, "Key": name}
     form = request.values.to_dict()
     if body.startswith(b"{"):
         form = json.loads(body)

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,8 +67,8 @@ class Host:
     """One machine. `root` is what TXL_ROOT is on it."""
 
     def __init__(self, id: str, root: Path, tmp: Path, port: int, facts: Facts, knobs: Knobs, user_data: str,
-                 public_key: str = ""):
-        self.id, self.root, self.knobs, self.addresses = id, root, knobs, list[str]()
+                 public_key: str = "", env: Mapping[str, str] | None = None):
+        self.id, self.root, self.knobs, self.addresses, self._env = id, root, knobs, list[str](), env or {}
         self._tmp, self._port, self._facts = tmp, port, facts
         self._hook, self._keys = _user_data(user_data, public_key)
         self._life = 0                            # counts boots and losses of power: a thread knows if it is late
@@ -99,7 +99,8 @@ class Host:
                 "/usr/local/sbin", "/usr/sbin", "/sbin"]
         return {"HOME": str(self.home), "PATH": os.pathsep.join(path), "USER": user(), "LOGNAME": user(),
                 "SHELL": "/bin/bash", "LANG": "C.UTF-8", "TMPDIR": str(self._tmp), "TMUX_TMPDIR": str(self._tmp),
-                "CUDA_VISIBLE_DEVICES": "", "TXL_ROOT": str(self.root), "TXL_HOST": self.id}
+                "CUDA_VISIBLE_DEVICES": "", "TXL_ROOT": str(self.root), "TXL_HOST": self.id,
+                **self._env}
 
     @property
     def booted(self) -> bool:
@@ -251,6 +252,7 @@ class Hosts:
 
     def __init__(self, folder: Path, tmp: Path, facts: Callable[[str], Facts]):
         self.port, self.next, self.all = _free_port(), list[Knobs](), dict[str, Host]()
+        self.aws = ""                             # address of what stands for AWS; set before there are machines
         self._folder, self._tmp, self._facts = folder, tmp, facts
 
     def __getitem__(self, id: str) -> Host:
@@ -260,7 +262,9 @@ class Hosts:
         self.all[machine.id] = Host(
             machine.id, self._folder / machine.id, self._tmp / str(len(self.all)), self.port,
             replace(self._facts(machine.kind), efa=machine.efa), self.next.pop(0) if self.next else Knobs(),
-            machine.user_data, machine.public_key)
+            machine.user_data, machine.public_key, {
+                "AWS_EC2_METADATA_SERVICE_ENDPOINT": f"{self.aws}/imds/{machine.id}/", "AWS_ENDPOINT_URL": self.aws,
+                "AWS_EC2_METADATA_SERVICE_NUM_ATTEMPTS": "1"})
 
     def on(self, machine: Machine) -> None:
         self.all[machine.id].boot(machine.addresses)

@@ -42,6 +42,7 @@ class Machine:
     made: float                                   # time.monotonic()
     launched: float                               # unix time; travels back as the bench travels forward
     public_key: str = ""                          # of its key pair
+    profile: str | None = None                    # name of its instance profile
     ended: float | None = None
     due: float | None = None                      # time.monotonic() of the next change of state
     powered: bool = False
@@ -126,6 +127,7 @@ class World:
         self.boot_s = 0.3
         self.shutdown_s = 0.3
         self.hidden_s = 0.0                       # how long a new machine is unknown to all other calls
+        self.profile_hidden_s = 0.0               # how long RunInstances does not know a new instance profile
         self.address_limit = 5                    # EC2's default quota of elastic addresses
         self.reuse_addresses = False              # of machines that are gone, as EC2 does
         self.machines: dict[str, Machine] = {}

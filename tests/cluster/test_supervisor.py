@@ -318,15 +318,15 @@ def test_a_tensorboard_that_ends_or_is_not_there_harms_nothing_and_is_tried_agai
     log = node.run_dir / "logs/tensorboard.log"
     with open(node.run_dir / "logs/node-0.log", "ab", buffering=0) as file:
         job = supervisor.Job(node.run_dir, 0, launch, file, 0)
-        job.keep_tensorboard()
+        job.tensorboard.keep()
         board.write_text("#!/bin/sh\necho board\n")
         board.chmod(0o755)
         for clock.now in (1059.0, 1060.0):
-            job.keep_tensorboard()
-        job.tensorboard.wait(20)
+            job.tensorboard.keep()
+        job.tensorboard.process.wait(20)
         for clock.now in (1119.0, 1120.0):
-            job.keep_tensorboard()
-        job.tensorboard.wait(20)
+            job.tensorboard.keep()
+        job.tensorboard.process.wait(20)
         job.kill()
     assert log.read_text() == "board\nboard\n"
 

@@ -389,7 +389,8 @@ def test_dry_runs_change_nothing(aws):
 def test_what_the_rehearsal_does_not_know_is_said_and_written_down(ec2, aws):
     with refused("InvalidAction"):
         aws.ec2.describe_capacity_reservations()
-    assert ec2.calls[-1][:2] + ec2.calls[-1][3:] == ("DescribeCapacityReservations", "ec2", "InvalidAction")
+    call = ec2.calls[-1]
+    assert (call.action, call.service, call.code) == ("DescribeCapacityReservations", "ec2", "InvalidAction")
 
 
 def test_every_request_is_in_the_journal(ec2, aws):

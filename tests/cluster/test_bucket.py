@@ -1,0 +1,185 @@
+"""A run in S3: what machines may do there, what they keep there and go on from, and what a launch says of it.
+
+S3 is the rehearsal's; a machine's keys are those of its role, checked against its policy.
+"""
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+
+pytest.importorskip("moto", reason="S3 is the rehearsal's, which needs moto[server]")
+
+from cluster import aws, bucket, verbs
+from cluster.backends import Job
+from cluster.bucket import Place
+from cluster.gang import Launch
+from cluster.journal import Journal, owner_name
+from cluster.rehearsal.bench import Bench
+from cluster.run import Refused, read_status
+from tests.cluster.launching import Person, launched, needs_machines, plan_of, requests, until
+
+CHECKOUT = Path(__file__).parents[2]
+BUCKET = "txl-test"
+
+
+# --- names and policies ---
+
+@pytest.mark.parametrize(("text", "place"), [
+    ("my-bucket", Place("my-bucket")), ("s3://my-bucket", Place("my-bucket")), ("s3://my-bucket/", Place("my-bucket")),
+    ("s3://my-bucket/some/prefix", Place("my-bucket", "some/prefix")),
+    ("s3://my.bucket/wikitext-103/", Place("my.bucket", "wikitext-103"))])
+def test_a_place_in_s3_is_a_bucket_and_a_prefix(text, place):
+    assert bucket.parse(text) == place
+    assert bucket.parse(str(place)) == place
+
+
+@pytest.mark.parametrize("text", ["", "My_Bucket", "ab", "my-bucket/prefix", "s3:/my-bucket", "s3://my-bucket//x",
+                                  "s3://my-bucket/a/../b", "s3://my-bucket/a*", "s3://my-bucket/a?", "s3://b-b-b/${x}",
+                                  "https://my-bucket.s3.amazonaws.com/x", "s3://my-bucket/a b", "s3://my-bucket/a\n"])
+def test_what_is_no_place_in_s3_is_refused_before_anything_else(text):
+    with pytest.raises(ValueError, match="is no place in S3"):
+        bucket.parse(text)
+    with pytest.raises(ValueError, match="is no place in S3"):
+        aws.Terms(bucket=text)
+
+
+def test_the_policy_of_a_run_is_its_folder_to_keep_and_the_data_to_read_and_nothing_else():
+    assert bucket.policy(Place("mine", "some/prefix/run"), Place("data-of-all", "wikitext-103")) == {
+        "Version": "2012-10-17", "Statement": [
+            {"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "arn:aws:s3:::mine",
+             "Condition": {"StringLike": {"s3:prefix": "some/prefix/run/*"}}},
+            {"Effect": "Allow", "Resource": "arn:aws:s3:::mine/some/prefix/run/*",
+             "Action": ["s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:AbortMultipartUpload"]},
+            {"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "arn:aws:s3:::data-of-all",
+             "Condition": {"StringLike": {"s3:prefix": "wikitext-103/*"}}},
+            {"Effect": "Allow", "Action": ["s3:GetObject"], "Resource": "arn:aws:s3:::data-of-all/wikitext-103/*"}]}
+
+
+def test_data_alone_may_only_be_read_also_where_it_is_a_whole_bucket_of_another_partition():
+    assert bucket.policy(None, Place("data"), "aws-us-gov") == {"Version": "2012-10-17", "Statement": [
+        {"Effect": "Allow", "Action": "s3:ListBucket", "Resource": "arn:aws-us-gov:s3:::data",
+         "Condition": {"StringLike": {"s3:prefix": "*"}}},
+        {"Effect": "Allow", "Action": ["s3:GetObject"], "Resource": "arn:aws-us-gov:s3:::data/*"}]}
+
+
+def test_only_ec2_may_take_on_the_role():
+    assert bucket.trust() == {"Version": "2012-10-17", "Statement": [
+        {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}]}
+
+
+def test_a_role_is_named_within_iams_limit_by_owner_run_and_region_and_found_by_its_path():
+    names = {bucket.role_name(*x) for x in (("ann", "x" * 63, "us-east-1"), ("ann", "x" * 63, "eu-west-1"),
+                                           ("bob", "x" * 63, "us-east-1"), ("ann", "x" * 62, "us-east-1"))}
+    assert len(names) == 4
+    assert all(name.startswith("txl-") and len(name) == 20 for name in names)
+    assert bucket.role_path("ann", "two") == "/txl/ann/two/"
+    assert bucket.role_path("ann") == "/txl/ann/"
+    assert bucket.role_path() == bucket.role_path(None, "two") == "/txl/"
+
+
+# --- launches ---
+
+STORY = ("--set=recipe.stop.max_steps=100000", "--set=recipe.clock.checkpoint_interval=1000000",
+         "--set=recipe.clock.eval_interval=1000000")
+
+
+@pytest.fixture
+def s3(bench) -> Any:
+    """The user's client, and a bucket that is as new."""
+    client = boto3.client("s3")
+    with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou):
+        client.create_bucket(Bucket=BUCKET)
+    for key in objects(client):
+        client.delete_object(Bucket=BUCKET, Key=key)
+    return client
+
+
+def objects(client: Any, prefix: str = "") -> dict[str, bytes]:
+    found = client.list_objects_v2(Bucket=BUCKET, Prefix=prefix).get("Contents", [])
+    return {x["Key"].removeprefix(prefix): client.get_object(Bucket=BUCKET, Key=x["Key"])["Body"].read() for x in found}
+
+
+def files(folder: Path, *without: str) -> dict[str, bytes]:
+    return {name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()
+            and (name := path.relative_to(folder).as_posix()) not in without and not name.startswith("nodes/")}
+
+
+def followed(job: Job, seconds: float = 120) -> tuple[int, ...]:
+    assert until(lambda: job.poll() is not None, seconds)
+    statuses = job.poll()
+    job.close()
+    return statuses
+
+
+def trained_until(job: Job, run_dir: Path, words: str) -> None:
+    def logged() -> bool:
+        assert job.poll() is None
+        log = run_dir / "logs/rank-0.log"
+        return log.exists() and words in log.read_text()
+    assert until(logged, 120)
+
+
+def stopped(job: Job, run_dir: Path, words: str) -> dict[str, Any]:
+    """Once it has logged `words`. Its last word."""
+    trained_until(job, run_dir, words)
+    job.stop()
+    assert followed(job) == (0,) * len(job.shells)
+    return read_status(run_dir)
+
+
+def as_machine(bench: Bench, script: str) -> str:
+    """What Python says on the first machine, with the keys of its role."""
+    host = bench.hosts[bench.alive()[0].id]
+    done = subprocess.run([sys.executable, "-c", f"import boto3\ns3 = boto3.client('s3')\n{script}"], text=True,
+                          env=host.environment | {"AWS_DEFAULT_REGION": "us-east-1"}, capture_output=True, timeout=60)
+    return done.stdout + done.stderr
+
+
+@needs_machines
+@pytest.mark.slow
+def test_a_run_goes_on_from_its_bucket_when_laptop_and_machines_are_gone(bench, s3):
+    flags, run_dir = (f"--bucket=s3://{BUCKET}/runs", *STORY), Path("runs/two")
+    first = stopped(aws.apply(plan_of(bench, *flags), Person()), run_dir, "step 10/")
+    assert first["state"] == "stopped"
+    kept = objects(s3, "runs/two/")
+    assert kept == files(run_dir)
+    assert {f"checkpoints/step-{first['step']:08d}/{name}" for name in (
+        "model.pt", "rank-0.pt", "rank-1.pt", "meta.json")} <= kept.keys()
+
+    for key in ("runs/other/x", "runs/two", "x"):
+        assert "AccessDenied" in as_machine(bench, f"s3.put_object(Bucket='{BUCKET}', Key='{key}', Body=b'')")
+    assert "AccessDenied" in as_machine(bench, f"s3.list_objects_v2(Bucket='{BUCKET}', Prefix='runs/')")
+    assert as_machine(bench, f"s3.put_object(Bucket='{BUCKET}', Key='runs/two/x', Body=b'')") == ""
+    s3.delete_object(Bucket=BUCKET, Key="runs/two/x")
+
+    for machine in bench.alive():
+        with bench.ec2.lock:
+            bench.world.end(machine)
+    assert until(lambda: not bench.alive())
+    shutil.rmtree(run_dir)
+    plan, person = plan_of(bench, *flags), Person()
+    assert f"goes on from step {first['step']}, as s3://{BUCKET}/runs/two has it" in str(plan)
+    second = stopped(aws.apply(plan, person), run_dir, "resuming from")
+    assert any(f"The run is further in s3://{BUCKET}/runs/two than here: step {first['step']}" in line
+               for line in person.lines)
+    log = (run_dir / "logs/rank-0.log").read_text()
+    assert f"step-{first['step']:08d}, step {first['step']}" in log
+    assert log.startswith(kept["logs/rank-0.log"].decode())
+    assert "memories start empty" not in log
+    assert second["step"] >= first["step"]
+    assert objects(s3, "runs/two/") == files(run_dir)
+
+    assert [x for x in bench.leftovers() if x.startswith("role")] == ["role " + bucket.role_name(
+        owner_name(), "two", "us-east-1")]
+    assert verbs.kill(["two"], verbs.Ending(yes=True)) == 0
+    assert bench.leftovers() == []
