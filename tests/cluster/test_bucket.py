@@ -5,12 +5,9 @@ S3 is the rehearsal's; a machine's keys are those of its role, checked against i
 from __future__ import annotations
 
 import contextlib
-import json
-import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +19,10 @@ pytest.importorskip("moto", reason="S3 is the rehearsal's, which needs moto[serv
 from cluster import aws, bucket, verbs
 from cluster.backends import Job
 from cluster.bucket import Place
-from cluster.gang import Launch
-from cluster.journal import Journal, owner_name
+from cluster.journal import owner_name
 from cluster.rehearsal.bench import Bench
-from cluster.run import Refused, read_status
-from tests.cluster.launching import Person, launched, needs_machines, plan_of, requests, until
+from cluster.run import read_status
+from tests.cluster.launching import Person, needs_machines, plan_of, until
 
 CHECKOUT = Path(__file__).parents[2]
 BUCKET = "txl-test"
