@@ -168,8 +168,8 @@ def test_a_run_goes_on_from_its_bucket_when_laptop_and_machines_are_gone(bench, 
     plan, person = plan_of(bench, *flags), Person()
     assert f"goes on from step {first['step']}, as s3://{BUCKET}/runs/two has it" in str(plan)
     second = stopped(aws.apply(plan, person), run_dir, "resuming from")
-    assert any(f"The run is further in s3://{BUCKET}/runs/two than here: step {first['step']}" in line
-               for line in person.lines)
+    assert (f"The run is further in s3://{BUCKET}/runs/two than here: the machines fetch step {first['step']}."
+            in person.lines)
     log = (run_dir / "logs/rank-0.log").read_text()
     assert f"step-{first['step']:08d}, step {first['step']}" in log
     assert log.startswith(kept["logs/rank-0.log"].decode())
