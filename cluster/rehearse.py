@@ -6,7 +6,9 @@ and what is left is counted.
 """
 from __future__ import annotations
 
+import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -24,7 +26,7 @@ from cluster.spec import LOCAL, Config
 from engine.values import nearest
 
 KIND_FOR_LOCAL = "c5.xlarge"                      # of a config that is for the machine one types on
-NAME = "rehearsal"
+NAME = f"rehearsal-{os.getpid()}"                  # its ports go by its name, and other rehearsals may be under way here
 LAUNCH_S = 600                                    # for a launcher to come to what is waited for
 PATIENCE_S = 20                                   # for watchdogs to act once their time has come
 
@@ -63,9 +65,10 @@ class Stage:
     def __init__(self, bench: Bench, folder: Path, config: Config, more: Sequence[str] = ()):
         self.bench, self.folder, self.count = bench, folder, config.machines.count
         machines = config.machines
-        kind = machines.kind if machines.kind != LOCAL else KIND_FOR_LOCAL
+        self.kind = machines.kind if machines.kind != LOCAL else KIND_FOR_LOCAL
+        self.market = "spot" if machines.spot else "ondemand"
         self.command = [sys.executable, str(CHECKOUT / "launch.py"), "--config=tiny", "--backend=aws", f"--name={NAME}",
-                        f"--instance_type={kind}", f"--machines={machines.count}", "--set=machines.gpus=1",
+                        f"--instance_type={self.kind}", f"--machines={machines.count}", "--set=machines.gpus=1",
                         "--set=recipe.batch.size=none", "--set=recipe.batch.local_size=2",
                         f"--ssh_user={bench.user}", "--skip_setup", "--yes", "--wait=0.2",
                         *(["--nospot"] if not machines.spot else []), *more]
@@ -77,9 +80,9 @@ class Stage:
     def start(self, *more: str, stdout: int | None = None) -> subprocess.Popen[str]:
         return subprocess.Popen([*self.command, *more], cwd=self.folder, env=self.bench.env, stdout=stdout, text=True)
 
-    def launch_until(self, marker: str) -> Launcher:
+    def launch_until(self, marker: str, *more: str) -> Launcher:
         """The launcher, once it has printed a line with `marker`. Raises Broken where it does not."""
-        launcher = Launcher(self.command, self.folder / "launch.log", cwd=self.folder, env=self.bench.env,
+        launcher = Launcher([*self.command, *more], self.folder / "launch.log", cwd=self.folder, env=self.bench.env,
                             show=lambda line: print(line, flush=True))
         launcher.until(marker, LAUNCH_S)
         return launcher
@@ -89,6 +92,21 @@ class Stage:
         while not condition() and time.monotonic() < end:
             time.sleep(.1)
         return condition()
+
+    def loses(self, which: int, how: str) -> bool:
+        """Whether a training that loses a machine fails as it should."""
+        launcher = self.launch_until("^step ")
+        self.bench.reclaim(self.bench.instances()[which].id)
+        print(f"\n({how})\n", flush=True)
+        return launcher.wait(LAUNCH_S) == 1
+
+    def later(self, seconds: float) -> None:
+        """Time goes by for the machines, and for what the launcher has written down of them."""
+        self.bench.advance(seconds)
+        for journal in Path(self.bench.env["TXL_HOME"]).glob("clusters/*/journal.jsonl"):
+            notes = [json.loads(line) for line in journal.read_text().splitlines()]
+            journal.write_text("".join(json.dumps(note | {
+                key: note[key] - seconds for key in ("at", "until") if note.get(key)}) + "\n" for note in notes))
 
     def curtain(self) -> bool:
         """Time goes by; whether nothing that costs is left, and what it would have cost."""
@@ -146,14 +164,35 @@ def launcher_dies_early(stage: Stage) -> bool:
     return stage.until(lambda: not stage.bench.alive())
 
 
+def interrupt(stage: Stage) -> bool:
+    """EC2 takes a machine back in the middle of the training: said, and failed, and nothing goes on alone"""
+    return stage.loses(-1, "the last machine is taken back")
+
+
 def host_dies(stage: Stage) -> bool:
-    """a machine is gone in the middle of the training: said, and failed, and nothing goes on alone"""
-    from cluster.rehearsal.world import BY_SPOT
-    launcher = stage.launch_until("^step ")
-    with stage.bench.ec2.lock:
-        stage.bench.world.end(stage.bench.world.machines[stage.bench.instances()[-1].id], BY_SPOT)
-    print("\n(the last machine is taken away)\n", flush=True)
-    return launcher.wait(LAUNCH_S) == 1
+    """the first machine, where the others meet, dies in the middle of the training: said, and failed, and all ends"""
+    return stage.loses(0, "the first machine loses its power, and EC2 gives it up")
 
 
-DRILLS = {act.__name__: act for act in (capacity, no_capacity, launcher_dies, launcher_dies_early, host_dies)}
+def throttled(stage: Stage) -> bool:
+    """every second request is one too many for EC2: it takes longer, and there is one gang"""
+    stage.bench.ec2.fail("*", "RequestLimitExceeded", times=math.inf, status=503, every=2)
+    finished = stage.launch() == 0
+    stage.bench.ec2.heal()
+    return finished and len(stage.bench.instances()) == stage.count
+
+
+def budget(stage: Stage) -> bool:
+    """the budget is used up while the launcher is away: the machines end themselves, and none are launched any more"""
+    from cluster.rehearsal.world import price
+    usd_per_hour = stage.count * (1.25 * price(stage.kind, stage.market, "us-east-1a") + .05)
+    flag = f"--budget={usd_per_hour / 4:.2f}"     # for less than the 20 minutes without a sign of life
+    launcher = stage.launch_until("^step ", flag)
+    launcher.kill()
+    print("\n(the launcher is killed; 19 minutes later, and the same command again)\n", flush=True)
+    stage.later(19 * 60)
+    return stage.until(lambda: not stage.bench.alive()) and stage.launch(flag) == 2
+
+
+DRILLS = {act.__name__: act for act in (capacity, no_capacity, throttled, launcher_dies, launcher_dies_early, interrupt,
+                                        host_dies, budget)}

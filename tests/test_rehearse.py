@@ -39,7 +39,10 @@ def test_a_rehearsal_trains_on_two_machines_and_leaves_nothing(tmp_path):
     ("no_capacity", "Nothing of this launch is left.", None),
     ("launcher_dies", "It is training there already: following it.", (10 / 60, 15 / 60)),
     ("launcher_dies_early", "(the launcher is killed; 21 minutes later)", (20 / 60, 25 / 60)),
-    ("host_dies", "node-1: its machine is gone", (1.0, 1.2)),
+    ("interrupt", "node-1: its machine is gone", (1.0, 1.2)),
+    ("host_dies", "node-0: its machine is gone", (1.0, 1.2)),
+    ("throttled", "Finished at step 60", (10 / 60, 15 / 60)),
+    ("budget", "not 10 minutes more at", (18 / 60, 25 / 60)),
 ])
 def test_a_drill_ends_as_it_should_and_leaves_nothing(drill, says, alive_h, tmp_path):
     done = rehearsed("--config=test_2", f"--drill={drill}", cwd=tmp_path)
