@@ -26,7 +26,7 @@ from cluster.spec import LOCAL, Config
 from engine.values import nearest
 
 KIND_FOR_LOCAL = "c5.xlarge"                      # of a config that is for the machine one types on
-NAME = f"rehearsal-{os.getpid()}"                  # its ports go by its name, and other rehearsals may be under way here
+NAME = f"rehearsal-{os.getpid()}"                 # a training's port goes by it, and another may be under way here
 LAUNCH_S = 600                                    # for a launcher to come to what is waited for
 PATIENCE_S = 20                                   # for watchdogs to act once their time has come
 

@@ -21,6 +21,7 @@ import pytest
 
 import launch
 from cluster import aws, ec2, gang, ready, verbs
+from cluster.__main__ import main
 from cluster.journal import Journal, owner_name
 from cluster.plan import Plan
 from cluster.rehearsal.bench import Bench
@@ -30,6 +31,7 @@ from cluster.run import Broken, Refused, Stopped
 from tests.cluster.launching import Person, is_spot, launched, needs_machines, plan_of, requests, until
 
 CHECKOUT = Path(__file__).parents[2]
+POLICY = CHECKOUT / "docs" / "iam_policy.json"
 SPOT = [("spot", f"us-east-1{letter}") for letter in "abcdef"]
 pytestmark = needs_machines
 
@@ -370,6 +372,32 @@ def test_two_people_may_use_the_same_name_at_the_same_time(bench, monkeypatch, t
         aws.apply(planned("--config=tiny", "--instance_type=c5.xlarge", "--skip_setup", f"--ssh_user={login}"), person)
     assert not any("up already" in line for line in person.lines)
     assert {machine.id for machine in bench.alive()} == {machine.id for machine in mine}
+
+
+# --- what may be asked ---
+
+def test_launches_of_all_kinds_and_all_verbs_ask_for_nothing_that_the_published_policy_does_not_grant(bench, capsys):
+    launched(bench)
+    efa = ("--config=tiny", "--instance_type=p4d.24xlarge", "--machines=2", "--skip_setup", f"--ssh_user={bench.user}",
+           "--set=machines.gpus=1", "--set=recipe.batch.size=none", "--set=recipe.batch.local_size=2")
+    with pytest.raises(Stopped):                  # with an address, and a way through node 0
+        aws.apply(planned(*efa), Person("Bringing the code"))
+    machines = abandoned(bench, "--nospot")
+    yes = ["two", "--yes"]
+    for argv in (["ls"], ["hosts"], ["spot_prices", "c5.xlarge"], ["prices", "--refresh"],
+                 ["stop", *yes], ["gc", "--dry_run"]):
+        assert main(argv) == 0, argv
+    assert until(lambda: all(machine.state == "stopped" for machine in machines))
+    assert main(["start", *yes]) == 0
+    assert main(["kill", *yes]) == 0
+    assert main(["gc", "--yes"]) == 0
+    granted = {action for statement in json.loads(POLICY.read_text())["Statement"]
+               for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])}
+    called = {f"{call.service}:{call.action}" for call in bench.ec2.calls}
+    assert {"ec2:AllocateAddress", "ec2:AssociateAddress", "ec2:ReleaseAddress", "ec2:StopInstances",
+            "ec2:DeleteSecurityGroup", "ec2:DeletePlacementGroup", "pricing:GetProducts"} <= called
+    assert called <= granted
+    assert bench.leftovers() == []
 
 
 # --- a budget ---
