@@ -358,7 +358,7 @@ def test_a_laptop_that_has_moved_is_let_in_by_the_same_command_and_nobody_else_a
         {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "0.0.0.0/0"}]}])
     seen = list[set[str]]()
     person = Person("2 machine(s) run", lambda: seen.append(rules_of_port_22()))
-    with pytest.raises(Stopped, match=r"The 2 machine\(s\) that were up already stay"):
+    with pytest.raises(Stopped, match=r"up already stay\. To end them:  python -m cluster kill two$"):
         aws.apply(plan_of(bench), person)
     assert seen == [{"127.0.0.1/32"}]
 
@@ -376,6 +376,7 @@ def test_two_people_may_use_the_same_name_at_the_same_time(bench, monkeypatch, t
 
 # --- what may be asked ---
 
+@pytest.mark.slow
 def test_launches_of_all_kinds_and_all_verbs_ask_for_nothing_that_the_published_policy_does_not_grant(bench, capsys):
     launched(bench)
     efa = ("--config=tiny", "--instance_type=p4d.24xlarge", "--machines=2", "--skip_setup", f"--ssh_user={bench.user}",
