@@ -62,6 +62,7 @@ put "$txl/terms.json" <<'=end='
 =end=
 put "$txl/watch" <<'=end='
 {watch}=end=
+[ -n "${{TXL_ROOT:-}}" ] || echo 30 >/proc/sys/kernel/panic        # a kernel that panics reboots: the watchdog is back
 if [ -z "${{TXL_ROOT:-}}" ] && [ -d /run/systemd/system ]; then
   put /etc/systemd/system/txl-watchdog.service <<'=end='
 {unit}=end=

@@ -183,16 +183,17 @@ def test_with_systemd_there_is_a_unit_for_every_boot_and_a_timer_beside_it(machi
         machine.stand_in(name, f'echo {name} "$@" >>"{tmp_path}/calls"')
     (tmp_path / "hook").write_text(parts(Limits(max_s=7200, budget_s=5400.5))["text/cloud-boothook"])
     done = subprocess.run(["unshare", "--mount", "sh", "-ec", f"""
-        for place in /run /etc/systemd /var/lib; do mount -t tmpfs covered $place; done
+        for place in /run /etc/systemd /var/lib /proc/sys/kernel; do mount -t tmpfs covered $place; done
         mkdir -p /run/systemd/system /etc/systemd/system
         PATH={tmp_path}/bin:$PATH sh {tmp_path}/hook
-        cp /etc/systemd/system/txl-watchdog.service {tmp_path}
+        cp /etc/systemd/system/txl-watchdog.service /proc/sys/kernel/panic {tmp_path}
         ls /var/lib/txl"""], capture_output=True, text=True) if shutil.which("unshare") else None
     if done is None or "mount" in done.stderr or "unshare" in done.stderr:
         pytest.skip("no mount namespaces here")
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.split() == ["lease", "terms.json", "watch", "watchdog.py"]
     assert (tmp_path / "txl-watchdog.service").read_text() == boot.UNIT
+    assert (tmp_path / "panic").read_text() == "30\n"             # seconds until a kernel that panics boots again
     assert (tmp_path / "calls").read_text().splitlines() == [
         "systemctl daemon-reload",
         "systemctl enable txl-watchdog.service",
