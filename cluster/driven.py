@@ -59,7 +59,10 @@ class Launcher:
             time.sleep(POLL_S)
 
     def ctrl_c(self) -> None:
-        self._process.send_signal(signal.SIGINT)
+        self.send(signal.SIGINT)
+
+    def send(self, sign: int) -> None:
+        self._process.send_signal(sign)
 
     def kill(self) -> None:
         self._process.kill()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,12 +16,16 @@ import pytest
 from cluster import aws, gang, reach, ready, remote
 from cluster.__main__ import main as cluster
 from cluster.backends import LOST
+from cluster.driven import Launcher
 from cluster.gang import Launch
 from cluster.journal import Journal
 from cluster.plan import Plan
 from cluster.rehearsal.bench import Bench
 from cluster.rehearsal.hosts import Host, Knobs
-from cluster.run import Broken, Stopped
+from cluster.rehearse import NAME, Stage
+from cluster.run import Broken, Stopped, newest_checkpoint
+from configs import tiny
+from engine.values import override
 from tests.cluster.launching import Person, launched, needs_machines, plan_of, requests, until
 from tests.cluster.sshd import BARE_PYTHON, small_disk
 
@@ -243,3 +249,43 @@ def test_another_launcher_follows_a_training_that_one_has_left_and_sees_its_end(
     assert until(lambda: job.poll() is not None, 20)
     assert job.poll() == (0, 0)
     job.close()
+
+
+# --- while the launcher comes and goes ---
+
+@pytest.mark.slow
+def test_a_training_outlives_a_closed_terminal_and_a_suspended_laptop_and_ctrl_c_ends_it_with_a_checkpoint_or_at_once(
+        bench, tmp_path, request):
+    stage = Stage(bench, tmp_path, override(tiny, "machines.count=2"), ["--set=recipe.stop.max_steps=100000",
+                                                                             "--set=recipe.clock.eval_interval=100000"])
+
+    def launch_until(marker: str) -> Launcher:
+        launcher = stage.launch_until(marker)
+        request.addfinalizer(launcher.kill)       # of a process that has ended: nothing
+        return launcher
+
+    launcher = launch_until("^step ")
+    launcher.send(signal.SIGHUP)                   # the terminal is closed
+    assert launcher.wait(30) == -signal.SIGHUP
+
+    launcher = launch_until("It is training there already: following it")
+    launcher.until("^step ", 120)
+    launcher.send(signal.SIGSTOP)                  # the laptop sleeps
+    time.sleep(3)
+    launcher.send(signal.SIGCONT)
+    launcher.until("^step ", 120)
+    launcher.ctrl_c()
+    step = int(launcher.until(r"^Stopped at step (\d+) of 100000", 120)[1])
+    assert launcher.wait(30) == 130
+    run_dir = tmp_path / "runs" / NAME
+    assert newest_checkpoint(run_dir)["step"] == step
+
+    launcher = launch_until(f"goes on from step {step}")
+    launcher.until("^step ", 120)
+    for _ in range(2):
+        launcher.ctrl_c()
+        time.sleep(.02)                           # signals of one kind that are pending at once are one
+    launcher.until("^Killing", 30)
+    assert int(launcher.until(r"^Killed\. The last checkpoint is of step (\d+)", 60)[1]) >= step
+    assert launcher.wait(30) == 130
+    assert len(requests(bench)) == 1
