@@ -30,6 +30,7 @@ from cluster.ssh import (
     each,
     never,
     run_here,
+    wordless,
 )
 
 HOME = "txl"                                      # where the code is and everything runs, below the login's home
@@ -210,7 +211,7 @@ def fan_out(shells: Sequence[Shell], source: str, target: str, options: Sequence
     for shell in others:
         status, words = ended.get(shell.name, (-1, "no word of it"))
         if status not in (0, 24):
-            reason = f"{first.name} could not copy to it: {words} (rsync {status})"
+            reason = f"{first.name} could not copy to it: {words or wordless(status)} (rsync {status})"
             errors[shell.name] = Failed(shell.name, reason, status)
     if errors:
         raise SomeFailed(errors, len(shells))

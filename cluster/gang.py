@@ -6,7 +6,6 @@ their own deadline. docs/aws.md has what they carry.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import time
@@ -24,7 +23,7 @@ from cluster.ec2 import CallFailed, Instance, Thing
 from cluster.journal import Journal, home
 from cluster.local import CHECKOUT
 from cluster.plan import Node, Plan
-from cluster.remote import RemoteJob, board_port
+from cluster.remote import RemoteJob, board_port, parsed
 from cluster.run import Broken, Refused, Stopped
 from cluster.ssh import Host, Interrupted, Shell, SomeFailed, Trouble
 from cluster.stacks import installation
@@ -318,12 +317,11 @@ class Launch:
                   f"flock -n nodes/$N.lock true && echo idle || echo busy; cat status.json 2>/dev/null; echo")
         said = ssh.each(list(zip(shells, hosts)), lambda one: one[0].run(f"N={one[1].node}; {script}").out.splitlines(),
                         name=lambda one: one[1].name)
-        nodes = [json.loads(lines[0]) if lines and lines[0].startswith("{") else {} for lines in said]
-        launches = {node.get("launch") for node in nodes}
+        nodes = [parsed(lines[0]) if lines else {} for lines in said]
+        launches = {node.get("launch", "") for node in nodes}
         busy = [len(lines) > 1 and lines[1] == "busy" for lines in said]
-        finished = bool(said[0]) and len(said[0]) > 2 and said[0][2].startswith("{") and \
-            json.loads(said[0][2]).get("state") == "finished"
-        if len(launches) == 1 and None not in launches and (all(busy) or (finished and not any(busy))):
+        finished = len(said[0]) > 2 and parsed(said[0][2]).get("state") == "finished"
+        if len(launches) == 1 and "" not in launches and (all(busy) or (finished and not any(busy))):
             self.watch.say("It is training there already: following it." if all(busy) else "It has finished there.")
             return self.job(shells, launches.pop())
 

@@ -260,7 +260,15 @@ def board_port(run: str) -> int:
 def read_node(path: Path) -> dict[str, Any]:
     """What a supervisor says of its node; {} where it has said nothing."""
     try:
-        said = json.loads(path.read_text())
-        return said if isinstance(said, dict) else {}
-    except (OSError, ValueError):
+        return parsed(path.read_text(errors="replace"))
+    except OSError:
         return {}
+
+
+def parsed(text: str) -> dict[str, Any]:
+    """A file that says something in JSON; {} of one that was caught half written, as on a full disk."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}

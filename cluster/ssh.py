@@ -151,7 +151,8 @@ class Shell:
         if result.status == 30:
             raise TimedOut(self.name, f"rsync moved nothing for {STALLED_S} s")
         if result.status not in (0, 24):         # 24: a file went away meanwhile
-            raise Failed(self.name, f"{_end(result.err) or 'no message'} (rsync {result.status})", result.status)
+            said = _end(result.err) or wordless(result.status)
+            raise Failed(self.name, f"{said} (rsync {result.status})", result.status)
         return result.out
 
 
@@ -289,6 +290,11 @@ def run_here(words: Sequence[str], name: str, what: str, timeout_s: float, inter
                                                                                       if said else ""))
         finally:
             end(process)
+
+
+def wordless(status: int) -> str:
+    """What to say of an rsync that ended so without a message: the other side's may be lost with it."""
+    return "a file could not be written: is the disk full?" if status == 11 else "no message"
 
 
 def end(process: subprocess.Popen) -> None:
