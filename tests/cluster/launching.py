@@ -47,10 +47,10 @@ def plan_of(bench: Bench, *more: str, count: int = 2, kind: str = "c5.xlarge", n
     return launch.make_plan(flags, launch.find_config(flags))
 
 
-def launched(bench: Bench, *, until: str = "Bringing the code") -> None:
+def launched(bench: Bench, *more: str, until: str = "Bringing the code") -> None:
     """A launch that is given up once it says `until`, by default when its machines are ready."""
     with pytest.raises(Stopped):
-        aws.apply(plan_of(bench), Person(until))
+        aws.apply(plan_of(bench, *more), Person(until))
 
 
 def until(condition: Callable[[], Any], seconds: float = SETTLE_S) -> bool:

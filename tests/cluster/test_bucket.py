@@ -5,6 +5,8 @@ S3 is the rehearsal's; a machine's keys are those of its role, checked against i
 from __future__ import annotations
 
 import contextlib
+import json
+import math
 import shutil
 import subprocess
 import sys
@@ -16,13 +18,17 @@ import pytest
 
 pytest.importorskip("moto", reason="S3 is the rehearsal's, which needs moto[server]")
 
+import launch
 from cluster import aws, bucket, verbs
 from cluster.backends import Job
 from cluster.bucket import Place
+from cluster.ec2 import Cloud
 from cluster.journal import owner_name
 from cluster.rehearsal.bench import Bench
-from cluster.run import read_status
-from tests.cluster.launching import Person, needs_machines, plan_of, until
+from cluster.run import Refused, read_status
+from engine.cli import parse
+from engine.values import BadValue
+from tests.cluster.launching import Person, launched, needs_machines, plan_of, requests, until
 
 CHECKOUT = Path(__file__).parents[2]
 BUCKET = "txl-test"
@@ -98,6 +104,15 @@ def s3(bench) -> Any:
     for key in objects(client):
         client.delete_object(Bucket=BUCKET, Key=key)
     return client
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    """The folder of tiny's data, with its tokens."""
+    folder = tmp_path_factory.mktemp("data") / "stdlib"
+    subprocess.run([sys.executable, "-m", "txl.data", "--dataset=stdlib", f"--dir={folder}"], cwd=CHECKOUT, check=True,
+                   timeout=300)
+    return folder
 
 
 def objects(client: Any, prefix: str = "") -> dict[str, bytes]:
@@ -180,4 +195,111 @@ def test_a_run_goes_on_from_its_bucket_when_laptop_and_machines_are_gone(bench, 
     assert [x for x in bench.leftovers() if x.startswith("role")] == ["role " + bucket.role_name(
         owner_name(), "two", "us-east-1")]
     assert verbs.kill(["two"], verbs.Ending(yes=True)) == 0
+    assert bench.leftovers() == []
+
+
+@needs_machines
+@pytest.mark.slow
+def test_data_comes_to_every_machine_from_s3_alone_and_a_forbidden_bucket_ends_no_training(bench, s3, data):
+    for path in (path for path in data.rglob("*") if path.is_file()):
+        s3.upload_file(str(path), BUCKET, f"texts/{path.relative_to(data).as_posix()}")
+    bench.ec2.calls.clear()
+    person = Person()
+    plan = plan_of(bench, f"--data=s3://{BUCKET}/texts", f"--bucket={BUCKET}", "--set=recipe.stop.max_steps=2")
+    bench.ec2.fail("PutObject", "AccessDenied", status=403, times=math.inf)
+    assert followed(aws.apply(plan, person)) == (0, 0)
+    assert read_status(Path("runs/two"))["state"] == "finished"
+    for node in (0, 1):
+        said = [line for line in person.lines if line.startswith(f"node-{node}: bucket: ")]
+        assert "PutObject: 403 AccessDenied" in said[0]
+        assert said[-1].endswith("given up. What is not there is on this machine alone")
+    assert objects(s3, "two/") == {}
+
+    alive = [machine.id for machine in bench.alive()]
+    for id in alive:
+        assert files(bench.hosts[id].home / "txl/data/stdlib").items() >= files(data).items()
+    got = {(call.machine, call.params["Key"]) for call in bench.ec2.calls if call.action == "GetObject"
+           and call.params["Key"].startswith("texts/")}
+    assert got == {(id, f"texts/{name}") for id in alive for name in files(data)}
+    assert not Path("data").exists()              # so nothing of it was here to be sent
+
+    with bench.ec2.lock:
+        for machine in bench.alive():
+            bench.world.end(machine)
+    assert until(lambda: not bench.billable())
+    assert verbs.gc([], verbs.Sweeping(yes=True)) == 0
+    assert bench.leftovers() == []
+
+
+@needs_machines
+def test_without_the_flags_no_machine_has_a_role_and_s3_is_not_asked(bench):
+    launched(bench)
+    assert not [name for params in requests(bench) for name in params if name.startswith("IamInstanceProfile")]
+    assert {call.action for call in bench.ec2.calls if call.service in ("iam", "s3")} <= {"ListRoles"}
+
+
+@needs_machines
+def test_a_launch_with_a_bucket_asks_for_nothing_that_the_published_policy_does_not_grant(bench, s3):
+    bench.ec2.calls.clear()
+    bench.world.profile_hidden_s = 1              # EC2 does not know a new instance profile at once
+    try:
+        launched(bench, f"--bucket={BUCKET}")
+    finally:
+        bench.world.profile_hidden_s = 0
+    granted = {action for statement in json.loads((CHECKOUT / "docs/iam_policy.json").read_text())["Statement"]
+               for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])}
+    assert {f"{call.service}:{call.action}" for call in bench.ec2.calls if call.machine is None} <= granted
+    first, *again = requests(bench)
+    assert again
+    assert {params["ClientToken"] for params in again} == {first["ClientToken"]}
+    assert first["IamInstanceProfile.Name"] == bucket.role_name(owner_name(), "two", "us-east-1")
+    assert bench.leftovers() == []                # the role goes with the launch that is given up
+
+
+@needs_machines
+def test_who_may_make_no_role_is_told_what_is_needed_and_of_role(bench, s3):
+    bench.ec2.fail("CreateRole", "AccessDenied", status=403)
+    with pytest.raises(Refused, match=r"(?s)CreateRole: AccessDenied.*docs/iam_policy\.json.*--role=NAME"):
+        aws.apply(plan_of(bench, f"--bucket={BUCKET}"), Person())
+    assert requests(bench) == []
+    assert bench.leftovers() == []
+
+
+@needs_machines
+@pytest.mark.parametrize(("flag", "fault", "said"), [
+    ("--bucket=txl-nobodys", None, r"--bucket: There is no bucket txl-nobodys\. Make it:  aws s3 mb"),
+    (f"--bucket={BUCKET}", "403", rf"--bucket: The bucket {BUCKET} is not open to arn:aws:"),
+    (f"--data=s3://{BUCKET}/nothing", None, rf"--data: s3://{BUCKET}/nothing is empty"),
+    ("--data=s3://txl-nobodys/x", None, r"--data: There is no bucket txl-nobodys"),
+    ("--role=nobodys", None, "--role: there is no instance profile nobodys in the account")])
+def test_what_is_wrong_with_a_bucket_data_or_role_is_said_before_anything_is_made(bench, s3, flag, fault, said):
+    if fault:
+        bench.ec2.fail("ListBucket", fault, status=403)
+    with pytest.raises(Refused, match=said):
+        plan_of(bench, flag)
+    assert requests(bench) == []
+    assert bench.leftovers() == []
+
+
+def test_a_bucket_in_another_region_is_told_in_the_plan(bench, s3):
+    if "txl-far" not in {x["Name"] for x in s3.list_buckets()["Buckets"]}:
+        boto3.client("s3", region_name="eu-west-1").create_bucket(
+            Bucket="txl-far", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    assert "s3://txl-far is in eu-west-1, the machines are in us-east-1" in " ".join(
+        str(plan_of(bench, "--bucket=txl-far")).split())
+
+
+def test_a_bucket_is_for_machines_on_aws():
+    flags = parse(launch.Flags, ["--config=tiny", "--bucket=txl-test"], prog="launch.py", about="")
+    with pytest.raises(BadValue, match="for machines on AWS"):
+        launch.make_plan(flags, launch.find_config(flags))
+
+
+def test_a_gc_of_one_region_leaves_the_roles_of_another_alone(bench, s3):
+    tags = {"txl:cluster": "two", "txl:owner": owner_name(), "txl:expires": "2020-01-01T00:00:00Z"}
+    there, path = Cloud("eu-west-1"), bucket.role_path(owner_name(), "two")
+    name = there.role("txl-there", path, bucket.trust(), bucket.policy(Place("far"), None), tags)
+    assert verbs.gc([], verbs.Sweeping(yes=True)) == 0
+    assert [x.id for x in there.leftovers()] == [name]
+    assert verbs.gc([], verbs.Sweeping(region="eu-west-1", yes=True)) == 0
     assert bench.leftovers() == []

@@ -331,6 +331,63 @@ def test_a_tensorboard_that_ends_or_is_not_there_harms_nothing_and_is_tried_agai
     assert log.read_text() == "board\nboard\n"
 
 
+def mirror(script: str) -> list[str]:
+    """For a launch: $1 is --last where the last pass is all that is wanted."""
+    return ["sh", "-c", script, "mirror"]
+
+
+UP = "until [ -e up ]; do sleep 0.05; done"       # a command that ends once the mirror is at work
+
+
+@pytest.mark.parametrize(("end", "status"), [("exit 0", 0), ("exit 3", 3)])
+def test_the_end_is_told_to_launcher_and_watchdog_only_after_the_mirrors_last_pass(node, end, status):
+    keeps = ("trap 'sleep 1.5; cp runs/x.1/nodes/0.json told; cp var/lib/txl/lease/run leased; exit 0' TERM; touch up; "
+             "while :; do sleep 0.05; done")
+    node.ends(f"{UP}; {end}", mirror=mirror(keeps))
+    before = json.loads((node.home / "told").read_text())
+    assert (before["state"], before["status"]) == ("running", None)
+    assert json.loads((node.home / "leased").read_text())["state"] == "running"
+    assert (node.told["state"], node.told["status"]) == ("ended", status)
+    assert node.told["beat"] > before["beat"]
+
+
+@pytest.mark.parametrize("before", ["kill -9 $$", "exit 1", "exit 0"])
+def test_a_mirror_that_has_ended_is_started_once_more_for_the_last_pass(node, before):
+    node.ends("sleep 0.5", mirror=mirror(f'[ "$1" = --last ] && {{ echo kept >> kept; exit 0; }}; {before}'))
+    assert (node.home / "kept").read_text() == "kept\n"
+
+
+def test_a_mirror_that_gave_up_is_believed(node):
+    gives_up = 'trap "echo tried >> tries; exit 3" TERM; touch up; while :; do sleep 0.05; done'
+    assert node.ends(UP, mirror=mirror(gives_up))[0] == 0
+    assert (node.home / "tries").read_text() == "tried\n"
+
+
+def test_what_ends_the_training_at_once_leaves_the_mirror_its_last_pass(node):
+    keeps = "trap 'touch kept; exit 0' TERM; touch up; while :; do sleep 0.05; done"
+    node.starts(SLEEPS, mirror=mirror(keeps))
+    until((node.home / "up").exists)
+    (node.run_dir / "nodes/0.kill").touch()
+    assert ended(node) == -signal.SIGKILL
+    assert (node.home / "kept").exists()
+
+
+def test_a_mirror_that_moves_nothing_is_not_waited_for_for_ever(node, monkeypatch):
+    monkeypatch.setattr(supervisor, "MIRROR_S", 2)
+    monkeypatch.setattr(supervisor, "BEAT_S", .1)
+    (node.run_dir / "logs").mkdir()
+    moves = "trap '' TERM; for i in 1 2 3 4 5 6; do echo $i > 0.mirror; sleep 0.5; done; touch moved; sleep 60"
+    launch = supervisor.Launch("first", ["true"], {}, "127.0.0.1", mirror=mirror(f"cd {node.run_dir}/nodes; {moves}"))
+    with open(node.run_dir / "logs/node-0.log", "ab", buffering=0) as file:
+        job = supervisor.Job(node.run_dir, 0, launch, file, 0)
+        job.mirror.keep()
+        until((node.run_dir / "nodes/0.mirror").exists)
+        job.finish_mirror()
+        job.mirror.process.wait(20)
+    assert (node.run_dir / "nodes/moved").exists()
+    assert not job.mirror.runs()
+
+
 def test_a_full_disk_ends_no_training_and_its_end_is_told(tmp_path):
     if os.geteuid() != 0:
         pytest.skip("only root can mount the small disk that is to be full")
