@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import tarfile
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,8 +64,9 @@ def test_every_stack_trains_with_the_torch_that_is_tested_here(stack):
 def machine(tmp_path):
     """Programs that a bare image has, and a published installer signed by a key of its own: runs what it is given."""
     programs, published = tmp_path / "bin", tmp_path / "published"
-    for folder in (programs, published, tmp_path / "gnupg"):
-        folder.mkdir(mode=0o700)
+    for folder in (programs, published):
+        folder.mkdir()
+    short = Path(tempfile.mkdtemp(prefix="txl-"))             # sockets of gpg's agent have 108 bytes for their name
     log = tmp_path / "log"
 
     def has(name: str, script: str) -> None:
@@ -83,7 +85,7 @@ def machine(tmp_path):
         tar.add(installer.parent, "aws-efa-installer")
 
     def gpg(*words: str) -> str:
-        return subprocess.run(["gpg", "--batch", "--homedir", str(tmp_path / "gnupg"), *words], check=True, text=True,
+        return subprocess.run(["gpg", "--batch", "--homedir", str(short), *words], check=True, text=True,
                               capture_output=True).stdout
 
     gpg("--passphrase", "", "--quick-gen-key", "tests", "ed25519")
@@ -96,11 +98,12 @@ def machine(tmp_path):
         log.write_text("")
         done = subprocess.run(["sh", "-c", f"efa={tmp_path}/fi_info\n{installation(stack, True, signed_by)}"],
                               capture_output=True, text=True, env=os.environ | {
-                                  "PATH": f"{programs}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)})
+                                  "PATH": f"{programs}:{os.environ['PATH']}", "TMPDIR": str(short)})
         return done.returncode, done.stderr, log.read_text().splitlines()
 
     yield run
-    subprocess.run(["gpgconf", "--homedir", tmp_path / "gnupg", "--kill", "all"], check=False)
+    subprocess.run(["gpgconf", "--homedir", short, "--kill", "all"], check=False)
+    shutil.rmtree(short)
 
 
 @pytest.mark.skipif(not shutil.which("gpg") or not shutil.which("curl"), reason="needs gpg and curl")
