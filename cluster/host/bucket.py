@@ -96,8 +96,9 @@ def fetch(s3: Store, folder: Path) -> None:
 def resume(s3: Store, run_dir: Path, node: int, ranks: int) -> None:
     """What is a node's own of a run's folder and not here: the logs, which go on, and each whole checkpoint."""
     there = s3.sizes()
-    for path in there:
-        if not path.startswith("checkpoints/") and node_of(path, ranks) == node and not (run_dir / path).exists():
+    for path in there:                            # status.json is the training's word of now
+        if (not path.startswith(("checkpoints/", "status.json")) and node_of(path, ranks) == node
+                and not (run_dir / path).exists()):
             s3.get(path, run_dir / path)
     for path in there:
         if re.fullmatch(r"checkpoints/step-\d+/meta\.json", path):

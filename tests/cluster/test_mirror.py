@@ -121,8 +121,7 @@ def there(s3: Any, prefix: str = "runs/two/") -> dict[str, str]:
 
 def steps(s3: Any) -> list[int]:
     """Of the checkpoints of which anything is there."""
-    return sorted({int(path.split("/")[1].removeprefix("step-")) for path in there(s3, "runs/two/checkpoints/")
-                   for path in [f"checkpoints/{path}"]})
+    return sorted({int(path.split("/")[0].removeprefix("step-")) for path in there(s3, "runs/two/checkpoints/")})
 
 
 def sent(aws: StrictEc2) -> list[str]:
@@ -242,6 +241,14 @@ def test_what_training_removed_goes_when_a_newer_one_is_whole_there_and_logs_sta
     assert mirrors[1].all_sent()
     assert steps(s3) == [20]
     assert "metrics.jsonl" in there(s3)
+
+
+def test_parts_of_a_newer_checkpoint_that_another_node_has_sent_already_stay(s3, nodes):
+    for node, steps_ in ((nodes[1], (10, 20)), (nodes[0], (10,))):
+        for step in steps_:
+            node.saves(step)
+        assert node.mirror(s3).all_sent()
+    assert steps(s3) == [10, 20]
 
 
 def test_a_mirror_that_starts_anew_sends_no_checkpoint_twice(s3, aws, nodes):
