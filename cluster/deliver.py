@@ -217,6 +217,13 @@ def fan_out(shells: Sequence[Shell], source: str, target: str, options: Sequence
         raise SomeFailed(errors, len(shells))
 
 
+def spread(shells: Sequence[Shell], path: Path, interrupted: Callable[[], bool] = never) -> None:
+    """A file or folder below ~/txl that node 0 has made or fetched, to the others."""
+    target = f"{HOME}/{path.parent.as_posix()}/"
+    fan_out(shells, f"{HOME}/{path.as_posix()}", target, (f"--rsync-path=mkdir -p {shlex.quote(target)} && rsync",),
+            interrupted)
+
+
 def write(shell: Shell, files: Mapping[str, str], interrupted: Callable[[], bool] = never) -> None:
     """{path: text} below the home: whole or not at all, mode 0600, by standard input, as a text may be a secret."""
     shell.run(f"python3 -c {shlex.quote(WRITE)}", input=json.dumps(files), interrupted=interrupted)

@@ -29,6 +29,7 @@ from cluster.ssh import Host, Interrupted, Shell, SomeFailed, Trouble
 from cluster.stacks import installation
 
 COMING_S, READY_S = 600, 900                      # until machines run, and until they are ready, at most
+PREPARE_S = 3 * 3600                              # for data to be downloaded and encoded
 WORTH_S = 600                                     # machines that a budget holds for less are not launched
 SHOWN_S = 30                                      # after a launch, until EC2 shows its machines to every question
 SPOT_MARGIN = 1.2                                 # a budget counts spot at this times its price now, and pays no more
@@ -49,6 +50,7 @@ class Launch:
         self.cloud = facts.account.cloud
         self.terms, self.count = plan.terms, plan.config.machines.count
         self.group_name = f"txl-{facts.owner}-{plan.name}"
+        self.jump = ec2.needs_jump(facts.type, self.count)        # node 0 alone has a public address
         self.ours: list[str] = []                 # what this launch itself has started
         self.asked = False                        # for machines of its own
         self.found = 0                            # machines that were up already
@@ -274,8 +276,7 @@ class Launch:
             wait = min(2 * wait, 5)
 
     def hosts(self, machines: list[Instance]) -> list[Host]:
-        jump = ec2.needs_jump(self.facts.type, self.count)
-        if jump:
+        if self.jump:
             public = self.cloud.address(machines[0].id, dict(machines[0].tags))
             return [Host(x.node, x.private if x.node else public, x.private, x.id, jump=x.node > 0) for x in machines]
         if bare := [x.id for x in machines if not x.public]:
@@ -364,7 +365,7 @@ class Launch:
         command = node_command(self.plan, node.rank, node.ranks, python, first.private)
         return {"launch": launch, "command": list(command), "env": node.env | self.aws_env(), "private": host.private,
                 "tensorboard": board if self.plan.tensorboard and node.rank == 0 else None,
-                "mirror": self.in_bucket("mirror", node, python) if self.place else None}
+                "mirror": self.in_bucket("mirror", node, python) if self.place and self.reaches_s3(node) else None}
 
     def records(self) -> dict[str, str]:
         """Files of the run's folder that the machines must have: the recipe, and for the bucket how it came about."""
@@ -387,11 +388,16 @@ class Launch:
             self.on_s3(shells, [self.in_bucket("resume", node, python) for node in self.plan.layout.nodes])
 
     def on_s3(self, shells: list[Shell], commands: list[list[str]]) -> None:
-        """Command i on machine i, in ~/txl."""
+        """Command i on machine i, in ~/txl, where that reaches S3."""
         env = [f"{name}={value}" for name, value in self.aws_env().items()]
-        ssh.each(range(len(shells)), lambda i: shells[i].run(
-            f"cd {deliver.HOME} && {shlex.join(['env', *env, *commands[i]])}", timeout_s=ssh.COPY_S, tied=True,
-            interrupted=self.watch.interrupted), name=lambda i: shells[i].name)
+        nodes = [node for node in self.plan.layout.nodes if self.reaches_s3(node)]
+        ssh.each(nodes, lambda node: shells[node.rank].run(
+            f"cd {deliver.HOME} && {shlex.join(['env', *env, *commands[node.rank]])}", timeout_s=ssh.COPY_S, tied=True,
+            interrupted=self.watch.interrupted), name=lambda node: shells[node.rank].name)
+
+    def reaches_s3(self, node: Node) -> bool:
+        """Without a public address a machine would need an endpoint or a NAT of the network's."""
+        return node.rank == 0 or not self.jump
 
     def bring_inputs(self, shells: list[Shell], python: str) -> None:
         """Data, and weights to start from."""
@@ -400,20 +406,23 @@ class Launch:
             if path.is_absolute():
                 raise Broken(f"{path} is an absolute path, which machines do not share. Give one below {Path.cwd()}")
             if i == 0 and (data := self.terms.data):              # the folder of the data
-                self.watch.say(f"The machines fetch {path} from {data}.")
-                words = [python, "-m", "cluster.host.bucket", "fetch", data, path.as_posix()]
-                self.on_s3(shells, [words] * len(shells))
+                self.watch.say(f"Fetching {path} from {data}.")
+                fetch = [python, "-m", "cluster.host.bucket", "fetch", data, path.as_posix()]
+                self.on_s3(shells, [fetch] * self.count)
+                if self.jump:
+                    deliver.spread(shells, path, self.watch.interrupted)
             elif path.exists():
                 self.watch.say(f"Bringing {path}.")
                 deliver.send(shells, path, f"txl/{path if path.is_dir() else path.parent}", say=self.watch.say,
                            interrupted=self.watch.interrupted, introduced=True)
-            else:
+            elif str(path) != recipe.init_from:   # which a run that goes on does not need
                 missing.append(path)
-        if missing and recipe.prepare:
-            self.watch.say(f"{', '.join(map(str, missing))} is not here: made on the machines.")
-            prepare = f"cd txl && {shlex.join([python, *recipe.prepare])}"
-            ssh.each(shells, lambda shell: shell.run(prepare, timeout_s=3600, tied=True,
-                                                     interrupted=self.watch.interrupted), name=lambda shell: shell.name)
+        if missing and recipe.prepare:            # by node 0, which has a way to where it is published
+            self.watch.say(f"{', '.join(map(str, missing))} is not here: made on {shells[0].name}.")
+            shells[0].run(f"cd {deliver.HOME} && {shlex.join([python, *recipe.prepare])}", timeout_s=PREPARE_S,
+                          tied=True, interrupted=self.watch.interrupted)
+            for path in missing:
+                deliver.spread(shells, path, self.watch.interrupted)
 
     def bring_run(self, shells: list[Shell]) -> None:
         """What is here of the run, where the machines have none of it: they go on with its numbers and logs."""
@@ -425,11 +434,14 @@ class Launch:
             for folder in run.newest_and_best(run_dir):
                 deliver.send(shells, folder, f"txl/{folder}", say=self.watch.say, interrupted=self.watch.interrupted,
                              introduced=True)
-        first = 0
-        for shell, node in zip(shells, self.plan.layout.nodes):
-            logs = [f"node-{node.rank}.log", *(f"rank-{rank}.log" for rank in range(first, first + node.ranks))]
-            reach.bring(shell, run_dir, f"txl/{run_dir}", logs, rest=node.rank == 0, interrupted=self.watch.interrupted)
-            first += node.ranks
+
+        def bring(node: Node) -> None:
+            ranks = range(node.rank * node.ranks, (node.rank + 1) * node.ranks)
+            reach.bring(shells[node.rank], run_dir, f"txl/{run_dir}",
+                        [f"node-{node.rank}.log", *(f"rank-{rank}.log" for rank in ranks)], rest=node.rank == 0,
+                        interrupted=self.watch.interrupted)
+
+        ssh.each(self.plan.layout.nodes, bring, name=lambda node: shells[node.rank].name)
 
     def job(self, shells: list[Shell], launch: str) -> RemoteJob:
         self.ours = []                            # from here on they are the run's

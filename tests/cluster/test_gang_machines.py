@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -36,6 +37,19 @@ pytestmark = needs_machines
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch):
     monkeypatch.setitem(ready.wait_ready.__kwdefaults__, "patience_s", .2)
+
+
+def test_data_that_is_not_here_is_made_on_node_0_which_alone_may_have_a_way_out_and_copied(bench):
+    nowhere = f'case "$*" in *txl.data*) echo "no way out" >&2; exit 1 ;; esac\nexec {sys.executable} "$@"'
+    bench.hosts.next = [Knobs(), Knobs(scripts=(("python3", nowhere),))]
+    before = len(bench.instances())
+    with pytest.raises(Stopped):
+        aws.apply(plan_of(bench, kind="p4d.24xlarge"), Person("Starting the training"))
+    homes = [bench.hosts[machine.id].home / "txl/data/stdlib" for machine in bench.instances()[before:]]
+    first, second = ({str(path.relative_to(home)): path.read_bytes() for path in home.rglob("*") if path.is_file()}
+                     for home in homes)
+    assert len(first) > 3
+    assert first == second
 
 
 # --- machines that are not fit ---
