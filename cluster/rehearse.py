@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from cluster.driven import Launcher
@@ -108,6 +109,17 @@ class Stage:
             journal.write_text("".join(json.dumps(note | {
                 key: note[key] - seconds for key in ("at", "until") if note.get(key)}) + "\n" for note in notes))
 
+    def settled(self, since: float) -> bool:
+        """Whether all that are still on stay on: their watchdogs have looked at the clock after `since` (unix time)."""
+        for machine in self.bench.alive():
+            deadline = self.bench.hosts[machine.id].root / "var/lib/txl/deadline.json"
+            try:
+                if deadline.stat().st_mtime < since + 1 or json.loads(deadline.read_text())["in_s"] < 60:
+                    return False
+            except (OSError, ValueError):
+                return False
+        return True
+
     def curtain(self) -> bool:
         """Time goes by; whether nothing that costs is left, and what it would have cost."""
         if unguarded := self.bench.unguarded():
@@ -118,7 +130,7 @@ class Stage:
                 break
             print(f"\n({why})", flush=True)
             self.bench.advance(60 * minutes)
-            self.until(lambda: not self.bench.alive())
+            self.until(partial(self.settled, time.time()))
         print("\nWhat it would have cost:")
         machines = {machine.id: machine for machine in self.bench.instances()}
         print(bill(Spell(machines[x.id].node, x.id, x.kind, machines[x.id].market, x.zone, x.hours,

@@ -175,8 +175,10 @@ class RemoteJob:
         """After machines that have been silent, and after supervisors that no longer beat."""
         while not self._over.wait(ASK_S):
             now = time.monotonic()
-            nodes = [i for i, status in enumerate(self._statuses()) if status is None]
-            if silent := [i for i in nodes if now - self._heard[i] > SILENT_S]:
+            statuses = self._statuses()
+            nodes = [i for i, status in enumerate(statuses) if status is None]
+            patience_s = ASK_S if any(statuses) else SILENT_S     # where one has failed, another has likely gone
+            if silent := [i for i in nodes if now - self._heard[i] > patience_s]:
                 with contextlib.suppress(Exception):              # no network: nothing is known, and nothing is lost
                     self._lost |= self._gone(silent)
             for i in nodes:
