@@ -20,6 +20,7 @@ import boto3
 import pytest
 
 import launch
+from benchmarks.launch import PYTHON3
 from cluster import aws, ec2, gang, ready, verbs
 from cluster.__main__ import main
 from cluster.journal import Journal, owner_name
@@ -460,3 +461,24 @@ def test_what_is_wrong_with_all_machines_is_not_tried_twice(bench, impatient):
         aws.apply(plan_of(bench), Person())
     assert len(requests(bench)) == 1
     assert bench.alive() == []
+
+
+@pytest.mark.slow
+def test_credentials_that_expire_while_it_trains_end_nothing_and_the_same_command_is_told_to_sign_in(bench):
+    bench.hosts.next = [Knobs(scripts=(("python3", PYTHON3),))] * 2              # torchrun is a sleep
+    person = Person()
+    job = aws.apply(plan_of(bench), person)
+    bench.ec2.fail("*", "ExpiredToken", times=math.inf, status=403)
+    with pytest.raises(Refused, match="Sign in again"):
+        plan_of(bench)
+    assert job.poll() is None                     # following takes no credentials
+    bench.ec2.heal()
+    again = aws.apply(plan_of(bench), Person())
+    assert again.poll() is None
+    bench.ec2.fail("*", "ExpiredToken", times=math.inf, status=403)
+    for one in (again, job):
+        one.kill()
+        assert until(lambda one=one: one.poll() is not None)
+        one.close()
+    assert any(line.startswith("Whether the machines are still there cannot be asked: ") for line in person.lines)
+    assert len(bench.alive()) == 2                # and they are guarded: the fixture asks

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from benchmarks.launch import PYTHON3, Relay, handshakes
+from benchmarks.launch import PYTHON3, Relay, handshakes, log_of
 from cluster import aws
 from cluster.rehearsal.hosts import Knobs
 from tests.cluster.launching import Person, needs_machines, plan_of
@@ -20,6 +20,7 @@ DATA_BYTES = 1 << 20
 class Cost(NamedTuple):
     calls: Counter[str]
     sent: int                                     # bytes from the laptop
+    steps: int                                    # commands and copies at node 0
     handshakes: list[tuple[int, int]]             # of each machine: with the laptop, and with node 0
 
 
@@ -29,6 +30,7 @@ def test_four_machines_cost_the_laptop_as_many_calls_and_bytes_as_one(bench, mon
     (tmp_path / "data/stdlib/text").write_bytes(os.urandom(DATA_BYTES))
     one, four = (cost(bench, monkeypatch, count) for count in (1, 4))
     assert four.calls == one.calls + Counter(CreatePlacementGroup=1)
+    assert four.steps <= 1.5 * one.steps          # what takes long where the machines have processors of their own
     assert one.handshakes == [(1, 0)]
     assert four.handshakes == [(1, 0), (1, 2), (1, 2), (1, 2)]    # two: code and data
     assert one.sent > DATA_BYTES
@@ -46,5 +48,6 @@ def cost(bench, monkeypatch, count: int) -> Cost:
         machines = sorted(bench.instances()[before:], key=lambda machine: machine.node)
         sent, calls = sum(relay.sent[machine.public] for machine in machines), Counter(
             call.action for call in bench.ec2.calls)
+        steps = log_of(bench, machines[0].id).count("Starting session: ")
         job.close()
-    return Cost(calls, sent, handshakes(bench, [machine.id for machine in machines], Path(os.environ["TXL_HOME"])))
+    return Cost(calls, sent, steps, handshakes(bench, [machine.id for machine in machines], Path(os.environ["TXL_HOME"])))
