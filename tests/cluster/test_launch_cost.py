@@ -50,4 +50,5 @@ def cost(bench, monkeypatch, count: int) -> Cost:
             call.action for call in bench.ec2.calls)
         steps = log_of(bench, machines[0].id).count("Starting session: ")
         job.close()
-    return Cost(calls, sent, steps, handshakes(bench, [machine.id for machine in machines], Path(os.environ["TXL_HOME"])))
+    ids = [machine.id for machine in machines]
+    return Cost(calls, sent, steps, handshakes(bench, ids, Path(os.environ["TXL_HOME"])))
