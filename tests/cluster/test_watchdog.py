@@ -38,7 +38,7 @@ class Machine:
         self.boot()
 
     def boot(self):
-        self.clock = random.uniform(0, 1e6)
+        self.clock = float(random.randrange(10**6))               # whole seconds: sums of them are exact
         self.watchdog = Watchdog(str(self.root), self.clock)
         self.watchdog.tick(self.clock)
 
