@@ -5,4 +5,4 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source environment.sh
 ruff check .
 mypy
-exec python -m pytest -n auto --dist worksteal "$@"
+exec python -m pytest -n auto --maxprocesses=4 --dist worksteal "$@"
