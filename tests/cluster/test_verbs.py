@@ -753,7 +753,7 @@ class typing:
     def __init__(self, *words: str):
         self.keyboard, terminal = pty.openpty()
         fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
-        self.seen = b""
+        self.seen = self.typed = b""
         self.process = subprocess.Popen(
             [sys.executable, "-m", "cluster", *words], stdin=terminal, stdout=terminal, stderr=terminal,
             start_new_session=True, env=os.environ | {"PYTHONPATH": str(CHECKOUT), "TERM": "xterm"},
@@ -770,6 +770,7 @@ class typing:
             os.close(self.keyboard)
 
     def types(self, text: bytes) -> None:
+        self.typed = text
         os.write(self.keyboard, text)
 
     def hang_up(self) -> None:
@@ -782,9 +783,14 @@ class typing:
             assert self._reads() or self.process.poll() is None, self.seen
 
     def until_it_ends(self, status: int) -> None:
-        deadline = time.monotonic() + 30
+        """Typed once more now and then, as a person would: a terminal that is still being set up loses keys."""
+        deadline, again = time.monotonic() + 60, time.monotonic() + 5
         while self.process.poll() is None and time.monotonic() < deadline:        # read: a full terminal would block it
             self._reads()
+            if self.typed and time.monotonic() > again:
+                again += 5
+                with contextlib.suppress(OSError):
+                    os.write(self.keyboard, self.typed)
         while self._reads():
             pass
         assert self.process.returncode == status, self.seen
