@@ -234,7 +234,7 @@ def test_kill_ends_the_machines_and_then_what_they_held_and_nothing_else(bench, 
     ids = {x.id for x in launched(bench, "one", 2)}
     launched(bench, "two")
     launched(bench, "one", owner="bob")
-    bench.world.shutdown_s = .3
+    bench.world.shutdown_s = 1.5
     assert main(["kill", "one", "--yes"]) == 0
     assert left(bench) == ({f"{ME}/two", "bob/one"}, {"two", "one"})
     assert not bench.cloud.leftovers(cluster="one", owner=ME)
