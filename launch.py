@@ -148,17 +148,8 @@ def make_plan(flags: Flags, config: Config) -> Plan:
 
 def confirm(plan: Plan) -> None:
     """Asks what the layout wants asked, unless --yes. Raises Refused without a yes."""
-    if plan.layout.ask is None or plan.terms.yes:
-        return
-    if not sys.stdin.isatty():
-        raise Refused(f"{plan.layout.ask} Nobody is here to answer. If so:  {plan.command} --yes")
-    try:
-        answer = input(f"{plan.layout.ask} [y/N] ")
-    except (EOFError, KeyboardInterrupt):
-        answer = ""
-        print()
-    if answer.strip().lower() not in ("y", "yes"):
-        raise Refused("Nothing was started.")
+    run.agree(plan.layout.ask or "", plan.terms.yes, plan.layout.ask is not None,
+              if_so=f"If so:  {plan.command} --yes", otherwise="Nothing was started.")
 
 
 def command_of(flags: Flags) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,22 @@ def standing(run_dir: Path, recipe: Recipe, called: str | None = None) -> Standi
         return Standing("finished", status.get("step"), message=status.get("message", ""))
     newest = newest_checkpoint(run_dir) or {}
     return _beginning(Standing("unfinished", newest.get("step"), newest.get("ranks"), changes=changes), recipe)
+
+
+def agree(question: str, yes: bool, needed: bool = True, *, if_so: str = "If so, the same with --yes",
+          otherwise: str = "Nothing was done.") -> None:
+    """Asks a person. Raises Refused without a yes. `if_so`: what to give where nobody sits, who means yes."""
+    if yes or not needed:
+        return
+    if not sys.stdin.isatty():
+        raise Refused(f"{question} Nobody is here to answer. {if_so}")
+    try:
+        answer = input(f"{question} [y/N] ")
+    except (EOFError, KeyboardInterrupt):
+        answer = ""
+        print()
+    if answer.strip().lower() not in ("y", "yes"):
+        raise Refused(otherwise)
 
 
 def why(error: OSError) -> str:

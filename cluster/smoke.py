@@ -22,7 +22,7 @@ from cluster.follow import FAILED, FINISHED, STOPPED
 from cluster.journal import owner_name
 from cluster.local import CHECKOUT
 from cluster.prices import Spell, bill
-from cluster.run import Broken, newest_checkpoint
+from cluster.run import Broken, agree, newest_checkpoint
 from cluster.spec import Terms
 from cluster.verbs_lists import clusters
 from engine.cli import flag
@@ -47,7 +47,7 @@ class Smoking(verbs.Region):
 def smoke(words: Sequence[str], flags: Smoking) -> int:
     cloud = Cloud(flags.region)
     kind = cloud.type(flags.instance_type)
-    verbs.agree(question(kind, cloud.spot_prices(kind.name)), flags.yes)
+    agree(question(kind, cloud.spot_prices(kind.name)), flags.yes)
     trial = Trial(cloud, flags, f"smoke-{secrets.token_hex(2)}", Path(tempfile.mkdtemp(prefix="txl-smoke-")))
     print(f"{trial.name} in {cloud.region}; what its commands print is in {trial.folder}/log", flush=True)
     failed = None

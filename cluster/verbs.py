@@ -11,7 +11,7 @@ from cluster import doors, prices, ssh
 from cluster.ec2 import CLUSTER, CallFailed, Cloud, Instance, Thing
 from cluster.follow import FAILED, FINISHED
 from cluster.journal import Journal, home, owner_name
-from cluster.run import Refused
+from cluster.run import Refused, agree
 from cluster.verbs_lists import Cluster, choose, clusters, doomed, hosts_text, loud, ls_text
 from engine.cli import flag
 from engine.values import nearest
@@ -182,21 +182,6 @@ def keys(words: Sequence[str], flags: Nothing) -> int:
 def one_cluster(cloud: Cloud, words: Sequence[str]) -> Cluster:
     """This user's that was launched last, of those that the word fits. Raises Refused."""
     return choose(cloud.instances(owner=owner_name()), *words)[0]
-
-
-def agree(question: str, yes: bool, needed: bool = True) -> None:
-    """Asks a person. Raises Refused without a yes."""
-    if yes or not needed:
-        return
-    if not sys.stdin.isatty():
-        raise Refused(f"{question} Nobody is here to answer. If so, the same with --yes")
-    try:
-        answer = input(f"{question} [y/N] ")
-    except (EOFError, KeyboardInterrupt):
-        answer = ""
-        print()
-    if answer.strip().lower() not in ("y", "yes"):
-        raise Refused("Nothing was done.")
 
 
 def rates(instances: Iterable[Instance]) -> dict[str, float]:

@@ -22,10 +22,10 @@ from cluster.follow import FAILED, FINISHED
 from cluster.journal import Journal, home
 from cluster.local import free_port
 from cluster.remote import board_port
-from cluster.run import Refused
+from cluster.run import Refused, agree
 from cluster.ssh import Host, Shell, Trouble, each
 from cluster.stacks import stack_for
-from cluster.verbs import Region, agree, one_cluster
+from cluster.verbs import Region, one_cluster
 from cluster.verbs_lists import Cluster, span
 from engine.cli import flag
 

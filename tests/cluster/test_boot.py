@@ -18,6 +18,7 @@ import pytest
 from cluster import boot
 from cluster.boot import Limits, user_data
 from cluster.host import watchdog
+from tests.waiting import until
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ4mYv me@laptop"
 QUICK = Limits(no_lease_s=1, tick_s=0.2)
@@ -73,14 +74,6 @@ def machine(tmp_path):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-
-
-def until(condition, limit_s: float = 20):
-    end = time.monotonic() + limit_s
-    while not (result := condition()):
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.01)
-    return result
 
 
 def test_it_is_a_script_for_every_boot_and_a_key_of_who_may_log_in():

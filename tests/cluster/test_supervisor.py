@@ -17,6 +17,7 @@ import pytest
 
 from cluster import run
 from cluster.host import supervisor
+from tests.waiting import until
 
 SOURCE = supervisor.__file__
 SLEEPS = "echo here; sleep 60"
@@ -101,14 +102,6 @@ def node(tmp_path):
 def _kill(pid: int):
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
-
-
-def until(condition, limit_s: float = 20):
-    end = time.monotonic() + limit_s
-    while not (result := condition()):
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.01)
-    return result
 
 
 def ended(node: Node) -> int:

@@ -16,6 +16,7 @@ import pytest
 
 from cluster.host import watchdog
 from cluster.host.watchdog import State, Watchdog, due
+from tests.waiting import until
 
 HOUR = 3600
 SOURCE = Path(watchdog.__file__)
@@ -335,14 +336,6 @@ def watch(tmp_path):
     for process in started:
         process.kill()
         process.wait()
-
-
-def until(condition, limit_s: float = 20):
-    end = time.monotonic() + limit_s
-    while not (result := condition()):
-        assert time.monotonic() < end, "it did not come to pass"
-        time.sleep(0.01)
-    return result
 
 
 def deadline_of(root: Path) -> dict | None:
