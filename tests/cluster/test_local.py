@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 import urllib.request
 from http.client import HTTPException
 from pathlib import Path
@@ -21,6 +20,7 @@ from cluster.run import NEW, Broken, Refused, Standing
 from cluster.spec import Config, Terms
 from configs import tiny
 from engine.values import override
+from tests.waiting import until
 
 SLEEPS = "import time; print('here', flush=True); time.sleep(60)"
 ENDS = "print('done')"
@@ -56,14 +56,6 @@ def jobs(tmp_path, monkeypatch):
 
 def ended(job) -> tuple[int, ...]:
     return until(job.poll)
-
-
-def until(condition, limit_s: float = 20):
-    deadline = time.monotonic() + limit_s
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
-    return result
 
 
 def alive(pid: int) -> bool:

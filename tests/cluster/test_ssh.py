@@ -20,6 +20,7 @@ from cluster import ssh
 from cluster.run import Refused
 from cluster.ssh import Denied, Failed, Host, Interrupted, Shell, SomeFailed, TimedOut, Trouble, Unreachable, WrongHost
 from tests.cluster.sshd import machines, needs_sshd
+from tests.waiting import until
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 pytestmark = needs_sshd
@@ -37,14 +38,6 @@ def one(tmp_path):
         yield them
 
 
-def until(condition, limit_s: float = 10):
-    deadline = time.monotonic() + limit_s
-    while not (result := condition()):
-        assert time.monotonic() < deadline, "it did not come to pass"
-        time.sleep(0.01)
-    return result
-
-
 def alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -52,7 +45,7 @@ def alive(pid: int) -> bool:
 
 
 def pid_in(path: Path) -> int:
-    return int(until(lambda: path.exists() and path.read_text().endswith("\n") and path.read_text()))
+    return int(until(lambda: path.exists() and path.read_text().endswith("\n") and path.read_text(), 10))
 
 
 def test_the_second_command_shares_the_connection_of_the_first(one):
@@ -101,7 +94,7 @@ def test_a_tied_command_ends_there_with_whoever_asked_for_it_here(trio, tmp_path
             pid_in(there)
             launcher.kill()
     pid = pid_in(there)
-    until(lambda: not alive(pid))
+    until(lambda: not alive(pid), 10)
     assert time.monotonic() - began < 10
     assert trio.shells[0].run("echo still here").out == "still here\n"
 
@@ -207,12 +200,12 @@ def test_a_copy_that_was_cut_goes_on_where_it_was(one, tmp_path):
     big.write_bytes(os.urandom(12_000_000))
     there.mkdir()
     arrived = threading.Thread(target=lambda: (
-        until(lambda: any(path.stat().st_size > 5_000_000 for path in there.glob(".big.*"))), one[0].cut()))
+        until(lambda: any(path.stat().st_size > 5_000_000 for path in there.glob(".big.*")), 10), one[0].cut()))
     arrived.start()
     with pytest.raises(Unreachable):
         one.shells[0].put(big, "in/", "--bwlimit=6000")
     arrived.join()
-    until(lambda: (there / ".rsync-part/big").exists())
+    until(lambda: (there / ".rsync-part/big").exists(), 10)
     stats = one.shells[0].put(big, "in/", "--stats")
     literal = int(re.search(r"Literal data: ([\d,]+)", stats)[1].replace(",", ""))
     assert 0 < literal < 8_000_000
@@ -234,7 +227,7 @@ def test_an_interrupted_copy_from_there_keeps_what_has_come_and_leaves_nothing_e
     with pytest.raises(Interrupted):
         one.shells[0].get("big", here, "--bwlimit=2000",
                           interrupted=lambda: any(path.stat().st_size > 1_000_000 for path in here.glob(".big.*")))
-    until(lambda: [path.name for path in here.iterdir()] == [".rsync-part"])
+    until(lambda: [path.name for path in here.iterdir()] == [".rsync-part"], 10)
     stats = one.shells[0].get("big", here, "--stats")
     assert 0 < int(re.search(r"Literal data: ([\d,]+)", stats)[1].replace(",", "")) < 2_500_000
     assert (here / "big").read_bytes() == (one[0].home / "big").read_bytes()
