@@ -18,7 +18,7 @@ from engine.loop import Diverged, train
 from engine.metrics import MetricsError
 from engine.run import Run
 from engine.values import BadValue
-from engine.world import World, world
+from engine.world import World, leave, world
 from txl.config import Data
 from txl.data import Corpus, DataError, load
 from txl.task import TransformerXLTask, read_recipe
@@ -79,4 +79,4 @@ def _by_machine(w: World, said: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(record(main)(sys.argv[1:]))
+    leave(record(main)(sys.argv[1:]) or 0)

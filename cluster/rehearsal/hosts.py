@@ -162,7 +162,7 @@ class Host:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             deadline = json.loads((self.root / "var/lib/txl/deadline.json").read_text())
             return math.isfinite(deadline["in_s"]) and any(
-                b"watchdog.py" in _command(pid) for pid in self.processes())
+                b"watchdog.py" in keeper.command(pid) for pid in self.processes())
         return False
 
     def processes(self) -> set[int]:
@@ -219,7 +219,7 @@ class Host:
     def _drop(self) -> None:
         if self._sshd:
             for pid in keeper.processes(self.root):
-                if b"sshd" in _command(pid):
+                if b"sshd" in keeper.command(pid):
                     with contextlib.suppress(ProcessLookupError):
                         os.kill(pid, signal.SIGKILL)
 
@@ -402,12 +402,6 @@ done
 def _script(path: Path, text: str) -> None:
     path.write_text(f"#!/bin/sh\n{text}")
     path.chmod(0o755)
-
-
-def _command(pid: int) -> bytes:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    return b""
 
 
 def _free_port() -> int:

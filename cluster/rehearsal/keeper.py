@@ -36,6 +36,13 @@ def processes(root: Path) -> set[int]:
     return found - {os.getpid()}
 
 
+def command(pid: int) -> bytes:
+    """A process's words, each ended by a zero; none once it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
+
+
 def end(root: Path) -> None:
     """Kill everything on the machines below `root`. They are stopped first, so that none starts another meanwhile."""
     deadline = time.monotonic() + PATIENCE_S

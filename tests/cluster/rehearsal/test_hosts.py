@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.rehearsal import keeper
 from cluster.rehearsal.hosts import SSHD, Host, Knobs
 from tests.cluster.rehearsal.aws import Caller, eventually
 
@@ -134,7 +135,7 @@ def test_a_machine_that_is_terminated_takes_all_its_processes_with_it(bench, lap
     host = bench.hosts[first]
     began = subprocess.Popen(["ssh", *laptop.options(first), f"{getpass.getuser()}@{laptop.address(first)}",
                               "env -i sleep 1000"], stderr=subprocess.DEVNULL)    # without the marker, but of its sshd
-    eventually(lambda: sum(b"sleep" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in host.processes()) == 4)
+    eventually(lambda: sum(b"sleep" in keeper.command(pid) for pid in host.processes()) == 4)
     laptop.aws.ec2.terminate_instances(InstanceIds=[first])
     laptop.aws.until("terminated", first)
     assert host.processes() == set()
