@@ -1,0 +1,35 @@
+"""The backends that pass the shared suite (test_contract.py), each in its world. A further one is a Case more."""
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class World:
+    """Where a backend finds two machines, or what stands for them. A rank has one thread there: with another number
+    of threads sums are made in another order, and the curve differs in the last digits."""
+    flags: tuple[str, ...] = ()                   # of launch.py, beside --config, --name and --backend
+    env: Mapping[str, str] | None = None          # of launch.py, all of it; None: the tests' own
+    started: Callable[[], Sequence[object]] = tuple      # what launches have taken so far: machines, jobs
+
+
+@dataclass(frozen=True)
+class Case:
+    backend: str
+    world: Callable[[Path], AbstractContextManager[World]]       # the folder is empty, and the world's own
+    lacks: str | None = None                      # why it cannot be here; None: it can
+    follows: bool = True                          # what runs already; else the same command refuses while it does
+
+
+@contextlib.contextmanager
+def local(folder: Path) -> Iterator[World]:
+    yield World(("--machines=2",))
+
+
+CASES = (
+    Case("local", local, follows=False),
+)
