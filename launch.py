@@ -66,6 +66,12 @@ class Flags:
     bucket: str | None = flag("in S3, or s3://BUCKET/PREFIX: the machines keep the run's folder there", None)
     data: str | None = flag("s3://BUCKET/PREFIX: the machines fetch the recipe's data from there", None)
     role: str | None = flag("instance profile for that; else one is made for the run", None)
+    partition: str | None = flag("of a Slurm cluster; else its default one", None)
+    account: str | None = flag("that Slurm charges; else the user's default one", None)
+    time: str | None = flag("Slurm's limit for one start of the job, as 4:00:00 or 1-12:00; it goes on in the next", None)
+    container_image: str | None = flag("that pyxis starts on each node, with a python that has all it needs", None)
+    container_mounts: str | None = flag("beside this folder and the code, as pyxis takes them: /data:/data", None)
+    sbatch: tuple[str, ...] = flag("another line for Slurm, --sbatch=--qos=high; may be repeated", ())
     rehearse: bool = flag("all of it on this machine, without an account, with the model of `tiny`", False)
     drill: str | None = flag("a failure to rehearse; a wrong name lists them", None)
 
@@ -79,6 +85,7 @@ def main(argv: list[str]) -> int:
         plan = make_plan(flags, find_config(flags))
         print(plan, flush=True)
         if flags.dry_run:
+            print(plan.layout.script or "", end="")
             return FINISHED
         if plan.standing.state == "finished":
             print(f"Nothing to do: {plan.standing.place or plan.run_dir} is finished. For another run, another --name.")
@@ -137,6 +144,8 @@ def make_plan(flags: Flags, config: Config) -> Plan:
         standing = run.standing(Path("runs", name), config.recipe)
         if chosen != "aws" and (terms.needs_s3 or terms.role):
             raise BadValue(f"--bucket, --data and --role are for machines on AWS: --backend={chosen} has none")
+        if chosen != "slurm" and (strange := [f"--{name}" for name in Terms.FOR_SLURM if f"--{name}" in terms.given()]):
+            raise BadValue(f"{', '.join(strange)}: only --backend=slurm has a use for that")
         wish, backend = Wish(name, config, standing, terms, flags.dry_run), backends.load(chosen)
         layout = backend.lay_out(wish, backend.survey(wish))
         return Plan(name, flags.config, config, chosen, layout, overrides_of(flags), command_of(flags),

@@ -16,6 +16,7 @@ from cluster.spec import Config, Terms
 BACKENDS = {                                      # name: module, loaded when chosen
     "local": "cluster.local",
     "aws": "cluster.aws",
+    "slurm": "cluster.slurm",
 }
 
 LOST = 255                                        # the exit status of a node of which nothing is left

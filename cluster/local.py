@@ -12,14 +12,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster import run
 from cluster.backends import Watch, Wish
 from cluster.plan import Layout, Node, Plan, price, torchrun
 from cluster.run import Broken, Refused
-from cluster.spec import LOCAL, Terms
+from cluster.spec import LOCAL
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 # TensorBoard for as long as somebody holds the lock on its standard input: no launcher need be left to end it.
@@ -48,9 +48,13 @@ class Here:
 def survey(wish: Wish) -> Here:
     """Looks at this machine."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Here(sys.executable, _gpus(), cores, free_port(), "lo0" if sys.platform == "darwin" else "lo", pythonpath())
+
+
+def pythonpath() -> str | None:
+    """What lets a training find the code, where that is not in the current directory."""
     path = [str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return Here(sys.executable, _gpus(), cores, free_port(), "lo0" if sys.platform == "darwin" else "lo",
-                None if Path.cwd() == CHECKOUT else os.pathsep.join(path))
+    return None if Path.cwd() == CHECKOUT else os.pathsep.join(path)
 
 
 def lay_out(wish: Wish, here: Here) -> Layout:
@@ -92,9 +96,9 @@ def apply(plan: Plan, watch: Watch) -> LocalJob:
                           f"  {sys.executable} -m pip install -r {os.path.relpath(CHECKOUT / 'requirements.txt')}")
     refuse_if_running(plan.run_dir, plan.config.recipe.entry)
     plan.run_dir.mkdir(parents=True, exist_ok=True)
-    with _lock(plan.run_dir) as lock:
+    with lock(plan.run_dir) as held:
         run.record(plan.run_dir, plan.config.recipe, str(plan), plan.command, plan.overrides, CHECKOUT)
-        job = LocalJob(plan, lock, watch)
+        job = LocalJob(plan, held, watch)
         job.start()
     return job                                    # from here on the agents hold the lock
 
@@ -181,7 +185,7 @@ def refuse_if_running(run_dir: Path, entry: str) -> None:
     """Raises Refused where a launch of this run is still going on, or ranks of one whose torchrun was killed."""
     if not (run_dir / "lock").exists():
         return
-    with _lock(run_dir):
+    with lock(run_dir):
         if pids := ranks_of(run_dir, entry):
             raise _running(run_dir, f"ranks without torchrun: {' '.join(map(str, pids))}")
 
@@ -198,17 +202,17 @@ def ranks_of(run_dir: Path, entry: str) -> list[int]:
 
 
 @contextlib.contextmanager
-def _lock(run_dir: Path) -> Iterator[int]:
+def lock(run_dir: Path) -> Iterator[int]:
     """The run's lock, as a descriptor; whoever inherits it keeps the lock. Raises Refused where another has it."""
-    lock = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+    held = os.open(run_dir / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     try:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise _running(run_dir, os.pread(lock, 1000, 0).decode() or "being started") from error
-        yield lock
+            raise _running(run_dir, os.pread(held, 1000, 0).decode() or "being started") from error
+        yield held
     finally:
-        os.close(lock)
+        os.close(held)
 
 
 def _running(run_dir: Path, who: str) -> Refused:
@@ -227,9 +231,7 @@ def _notes(wish: Wish, ranks: int, per_node: int) -> Iterator[str]:
                    f"and with it another curve.")
     if not per_node and recipe.precision in ("fp16", "tf32"):
         yield f"{recipe.precision} is for GPUs. On a processor take --set recipe.precision=fp32"
-    idle = [f"--{f.name}" for f in fields(Terms) if f.name not in ("skip_setup", "yes", "detach")
-            and getattr(wish.terms, f.name) != f.default]
-    if idle:
+    if idle := wish.terms.given("skip_setup", "yes", "detach"):
         yield f"without effect on this machine: {', '.join(idle)}"
 
 

@@ -36,6 +36,7 @@ class Layout:
     ask: str | None = None                        # a question to answer with yes before it is carried out
     facts: Any = None                             # what the backend saw, for it to act on
     standing: Standing | None = None              # where the backend knows of more than the run's folder here
+    script: str | None = None                     # that is submitted, where not each node is given its command
 
     @property
     def ranks(self) -> int:
@@ -90,7 +91,7 @@ class Plan:
             ("length", f"{steps:,} steps of {tokens:,} tokens: {steps * tokens:,} to the end"),
             ("setup", self.layout.setup),
             *(("note", note) for note in self.layout.notes),
-            *((f"node {node.rank}", f"{node.address}: {node}") for node in self.layout.nodes),
+            *((f"node {node.rank}", f"{node.address}: {node}") for node in self.layout.nodes if not self.layout.script),
         ]
         return "\n".join(_row(label, text) for label, text in rows)
 
@@ -109,8 +110,8 @@ class Plan:
         return min(end for end in ends if end is not None)
 
 
-def torchrun(python: str, entry: str, recipe: Path, *, nnodes: int, node_rank: int, ranks: int, master_addr: str,
-             master_port: int) -> tuple[str, ...]:
+def torchrun(python: str, entry: str, recipe: Path, *, nnodes: int, node_rank: int | str, ranks: int,
+             master_addr: str, master_port: int | str) -> tuple[str, ...]:
     """The line that starts one node's share of a training."""
     return (python, "-m", "torch.distributed.run", f"--nnodes={nnodes}", f"--nproc-per-node={ranks}",
             f"--node-rank={node_rank}", f"--master-addr={master_addr}", f"--master-port={master_port}",

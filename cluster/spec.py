@@ -1,8 +1,9 @@
 """Machines as values: the kinds known by name, and how many of one a config asks for. Standard library only."""
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import re
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
 
 from cluster.bucket import parse
 from engine.config import Recipe
@@ -84,6 +85,14 @@ class Terms:
     bucket: str | None = None                     # in S3, where the machines keep the run's folder
     data: str | None = None                       # in S3, where they fetch the recipe's data from
     role: str | None = None                       # an instance profile that is there; None: one of the run's own
+    partition: str | None = None                  # of a Slurm cluster, as sbatch takes it; so the next two
+    account: str | None = None
+    time: str | None = None                       # limit of one start of the job
+    container_image: str | None = None            # as pyxis takes it; so the next
+    container_mounts: str | None = None
+    sbatch: tuple[str, ...] = ()                  # further options of sbatch
+
+    FOR_SLURM: ClassVar = ("partition", "account", "time", "container_image", "container_mounts", "sbatch")
 
     @property
     def needs_s3(self) -> bool:
@@ -99,6 +108,36 @@ class Terms:
         for name in ("bucket", "data"):
             if getattr(self, name) is not None:
                 parse(getattr(self, name))
+        if self.time is not None:
+            slurm_minutes(self.time)
+        if self.container_mounts and not self.container_image:
+            raise ValueError("--container_mounts are for a container: which --container_image?")
+        for name in ("partition", "account", "container_image", "container_mounts", "sbatch"):
+            if re.search(r"[\n\r]", str("".join(getattr(self, name) or ""))):
+                raise ValueError(f"--{name} has more than one line")
+        if wrong := [option for option in self.sbatch if not option.startswith("-")]:
+            raise ValueError(f"--sbatch takes an option of sbatch as it is, --sbatch=--qos=high; not {wrong[0]!r}")
+
+    def given(self, *but: str) -> list[str]:
+        """The flags that are not left at their defaults."""
+        return [f"--{f.name}" for f in fields(self) if f.name not in but and getattr(self, f.name) != f.default]
+
+
+def slurm_minutes(time: str) -> int:
+    """A time limit as sbatch takes it, in minutes begun. Raises ValueError."""
+    form = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    if not form:
+        raise ValueError(f"--time is {time!r}: Slurm takes minutes, hours:minutes:seconds, or days-hours:minutes:seconds")
+    days, *rest = form.groups()
+    a, b, c = (int(x or 0) for x in rest)
+    if days is None:                              # M, M:S or H:M:S
+        hours, minutes, seconds = (a, b, c) if rest[2] is not None else (0, a, b)
+    else:
+        hours, minutes, seconds = a, b, c
+    total = ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
+    if not total:
+        raise ValueError(f"--time is {time}: it must be above 0")
+    return -(-total // 60)
 
 
 @dataclass(frozen=True)

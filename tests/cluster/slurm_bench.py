@@ -1,0 +1,102 @@
+"""A real Slurm on loopback: Debian's daemons with two nodes that are both this machine, and a munge of its own.
+
+Its nodes are called 127.0.0.1 and 127.0.0.2, so that a node's name leads to it without a name service.
+"""
+from __future__ import annotations
+
+import contextlib
+import getpass
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.local import free_port
+from tests.waiting import until
+
+PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])            # where Debian has daemons
+MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if not shutil.which(name, path=PATH)]
+NODES = ("127.0.0.1", "127.0.0.2")
+CONF = """\
+ClusterName=bench
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+SlurmUser={user}
+SlurmdUser={user}
+CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+AuthType=auth/munge
+# A job that is queued again waits for as long as a credential lasts; no less than 5 s is taken.
+AuthInfo=socket={root}/munge,cred_expire=5
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/%n.log
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerType=sched/builtin
+SchedulerParameters=sched_interval=1
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SwitchType=switch/none
+MpiDefault=none
+MailProg=/bin/true
+ReturnToService=2
+{nodes}
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
+
+
+@dataclass(frozen=True)
+class Slurm:
+    env: dict[str, str]                           # with which Slurm's commands find it
+
+    def ask(self, *command: str) -> str:
+        """What one of Slurm's commands prints."""
+        return subprocess.run(command, env=self.env, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
+
+
+@contextlib.contextmanager
+def slurm(root: Path) -> Iterator[Slurm]:
+    """Up in the block, and gone after it with every job, whatever happens."""
+    host = socket.gethostname()
+    (root / "state").mkdir()
+    (root / "slurm.conf").write_text(CONF.format(
+        host=host, port=free_port(), user=getpass.getuser(), root=root, nodes="\n".join(
+            f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2" for node in NODES)))
+    key = root / "munge.key"
+    key.touch(0o600)
+    key.write_bytes(secrets.token_bytes(64))
+    bench = Slurm(os.environ | {"PATH": PATH, "SLURM_CONF": str(root / "slurm.conf")})
+    daemons = []
+
+    def start(*command: str) -> None:
+        with open(root / f"{Path(command[0]).name}.out", "ab") as out:
+            daemons.append(subprocess.Popen(command, env=bench.env, cwd=root, stdin=subprocess.DEVNULL, stdout=out,
+                                            stderr=out, start_new_session=True))
+    try:
+        start("munged", "--foreground", "--force", f"--key-file={key}", f"--socket={root}/munge",
+              *(f"--{file}-file={root}/munged.{file}" for file in ("pid", "log", "seed")))
+        until((root / "munge").exists)
+        start("slurmctld", "-D")
+        for node in NODES:
+            start("slurmd", "-D", "-N", node)
+        until(lambda: subprocess.run(["sinfo", "--noheader", "--format=%T"], env=bench.env, capture_output=True,
+                                     timeout=60).stdout == b"idle\n", 60)
+        yield bench
+    finally:
+        with contextlib.suppress(subprocess.SubprocessError):
+            bench.ask("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
+        for daemon in reversed(daemons):
+            daemon.kill()
+            daemon.wait()
+        # What a daemon that is killed leaves: the steps' keepers, and jobs that ignored being cancelled.
+        for process in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError, ValueError):
+                if f"SLURM_CONF={root}/slurm.conf".encode() in (process / "environ").read_bytes().split(b"\0"):
+                    os.kill(int(process.name), 9)
