@@ -68,7 +68,7 @@ class Flags:
     role: str | None = flag("instance profile for that; else one is made for the run", None)
     partition: str | None = flag("of a Slurm cluster; else its default one", None)
     account: str | None = flag("that Slurm charges; else the user's default one", None)
-    time: str | None = flag("Slurm's limit for one start of the job, as 4:00:00 or 1-12:00; it goes on in the next", None)
+    time: str | None = flag("Slurm's limit, as 4:00:00 or 1-12:00; the job goes on after it, in the queue again", None)
     container_image: str | None = flag("that pyxis starts on each node, with a python that has all it needs", None)
     container_mounts: str | None = flag("beside this folder and the code, as pyxis takes them: /data:/data", None)
     sbatch: tuple[str, ...] = flag("another line for Slurm, --sbatch=--qos=high; may be repeated", ())

@@ -16,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def survey(wish: Wish) -> Login:
 
 def lay_out(wish: Wish, login: Login) -> Layout:
     """A rank on each GPU of a node, or one on its processors where the config asks for none."""
-    config, machines, terms = wish.config, wish.config.machines, wish.terms
+    machines, terms = wish.config.machines, wish.terms
     gpus = 0 if machines.kind == LOCAL and machines.gpus is None else machines.gpus_per_machine
     if gpus is None:
         raise ValueError(f"{machines.kind} is not in the table of cluster/spec.py. How many GPUs has a node?  "
@@ -245,7 +245,7 @@ class SlurmJob:
         return "" if self._seen is None or self._seen.state == "RUNNING" else f"job {self.id} {self._seen.state}"
 
     def _judged(self, seen: Seen | None) -> tuple[int, ...] | None:
-        """What a look at the job means: the nodes' statuses where that is its end. Raises Broken where Slurm ended it."""
+        """The nodes' statuses where this look at the job shows its end. Raises Broken where Slurm ended it."""
         self._tell(seen)
         if seen is not None and seen.state not in OVER:
             if seen.state == "PENDING" and self._asked is not None:
@@ -400,8 +400,8 @@ def _ask(*command: str, timeout_s: float = ANSWER_S) -> subprocess.CompletedProc
 
 def _words_of(stderr: str) -> str:
     """'Invalid partition name specified' of what a command complained."""
-    lines: Sequence[str] = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in stderr.splitlines() if line.strip()]
-    return "; ".join(lines[-3:]) or "it does not say why"
+    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in stderr.splitlines()]
+    return "; ".join(filter(None, lines)) or "it does not say why"
 
 
 def _words(path: Path) -> list[str]:

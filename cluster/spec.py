@@ -127,7 +127,7 @@ def slurm_minutes(time: str) -> int:
     """A time limit as sbatch takes it, in minutes begun. Raises ValueError."""
     form = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
     if not form:
-        raise ValueError(f"--time is {time!r}: Slurm takes minutes, hours:minutes:seconds, or days-hours:minutes:seconds")
+        raise ValueError(f"--time is {time!r}: Slurm takes minutes, hours:minutes:seconds or days-hours:minutes")
     days, *rest = form.groups()
     a, b, c = (int(x or 0) for x in rest)
     if days is None:                              # M, M:S or H:M:S

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.cluster import slurm_bench
+
 
 @dataclass(frozen=True)
 class World:
@@ -30,6 +32,13 @@ def local(folder: Path) -> Iterator[World]:
     yield World(("--machines=2",))
 
 
+@contextlib.contextmanager
+def slurm(folder: Path) -> Iterator[World]:
+    with slurm_bench.slurm(folder) as bench:
+        yield World(("--machines=2",), bench.env, bench.jobs)
+
+
 CASES = (
     Case("local", local, follows=False),
+    Case("slurm", slurm, slurm_bench.LACKS),
 )

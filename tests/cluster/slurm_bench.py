@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import getpass
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -20,6 +21,7 @@ from tests.waiting import until
 
 PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])            # where Debian has daemons
 MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if not shutil.which(name, path=PATH)]
+LACKS = f"needs slurm-wlm and munge, for {', '.join(MISSING)}" if MISSING else None
 NODES = ("127.0.0.1", "127.0.0.2")
 CONF = """\
 ClusterName=bench
@@ -59,6 +61,10 @@ class Slurm:
     def ask(self, *command: str) -> str:
         """What one of Slurm's commands prints."""
         return subprocess.run(command, env=self.env, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
+
+    def jobs(self) -> list[str]:
+        """All that were ever submitted; no test lasts until Slurm forgets them."""
+        return re.findall(r"^JobId=(\d+)", self.ask("scontrol", "--oneliner", "show", "jobs"), re.MULTILINE)
 
 
 @contextlib.contextmanager
