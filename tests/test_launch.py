@@ -65,7 +65,7 @@ def launched(*argv: str) -> int | None:
     (["--config=tiny", "--name=größer"], "cannot be a run's name"),
     (["--config=tiny", "--name=a\n"], "cannot be a run's name"),
     (["--config=tiny", f"--name={'a' * 64}"], "cannot be a run's name"),
-    (["--config=tiny", "--backend=slurn"], "There is no backend 'slurn'; there is: local, aws. On this machine:\n"
+    (["--config=tiny", "--backend=slurn"], "There is no backend 'slurn'; there is: local, aws, slurm. On this machine:\n"
                                                  "  "), (["--config=tiny", "--backend=slurn"],
                                                          " launch.py --config=tiny --backend=local"),
     (["--config=tiny", "--budget=0"], "--budget is 0: it must be above 0"),
