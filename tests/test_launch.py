@@ -18,6 +18,7 @@ import pytest
 
 import launch
 from cluster import local, run
+from cluster.backends import BACKENDS
 from cluster.local import ranks_of
 from cluster.plan import Plan
 from configs import CONFIGS
@@ -65,9 +66,9 @@ def launched(*argv: str) -> int | None:
     (["--config=tiny", "--name=größer"], "cannot be a run's name"),
     (["--config=tiny", "--name=a\n"], "cannot be a run's name"),
     (["--config=tiny", f"--name={'a' * 64}"], "cannot be a run's name"),
-    (["--config=tiny", "--backend=slurn"], "There is no backend 'slurn'; there is: local, aws, slurm. On this machine:\n"
-                                                 "  "), (["--config=tiny", "--backend=slurn"],
-                                                         " launch.py --config=tiny --backend=local"),
+    (["--config=tiny", "--backend=slurn"],
+     f"There is no backend 'slurn'; there is: {', '.join(BACKENDS)}. On this machine:\n  "),
+    (["--config=tiny", "--backend=slurn"], " launch.py --config=tiny --backend=local"),
     (["--config=tiny", "--budget=0"], "--budget is 0: it must be above 0"),
     (["--config=tiny", "--wait=-1"], "--wait is -1: a time is not negative"),
     (["--config=tiny", "--fallback=spot"], "--fallback takes"),
