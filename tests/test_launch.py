@@ -214,7 +214,7 @@ def test_help_comes_at_once(empty):
     assert min(seconds() for _ in range(5)) < .3
 
 
-# --- all the way ---------------------------------------------------------------------------------------------------
+# --- all the way: what every backend keeps to is in cluster/test_contract.py ---
 
 # Wide evaluation is fast, and 150 steps leave time to interfere after the first checkpoint, at step 20.
 OPTIONS = ["--config=tiny", "--set=recipe.eval_streams=64", "--set=recipe.stop.max_steps=150",
@@ -231,17 +231,11 @@ def here(tmp_path_factory):
     return folder
 
 
-def launcher(folder: Path, *argv: str, cores: int | None = 1) -> subprocess.Popen:
+def launcher(folder: Path, *argv: str) -> subprocess.Popen:
     """launch.py on one core, where no thread waits for another: as fast as on two, and on a busy machine faster."""
-    one_core = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))] if cores and shutil.which("taskset") else []
+    one_core = ["taskset", "--cpu-list", str(min(os.sched_getaffinity(0)))] if shutil.which("taskset") else []
     return subprocess.Popen([*one_core, sys.executable, CHECKOUT / "launch.py", *argv], cwd=folder, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def wait_for(path: Path, process: subprocess.Popen) -> None:
-    while not path.exists():
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(.01)
 
 
 def perplexity(folder: Path, name: str) -> float:
@@ -251,92 +245,30 @@ def perplexity(folder: Path, name: str) -> float:
     return float(re.search(r"test ppl ([\d.]+)", status["message"]).group(1))
 
 
-def losses(folder: Path, name: str) -> list[float]:
-    records = map(json.loads, (folder / "runs" / name / "metrics.jsonl").read_text().splitlines())
-    return [record["loss"] for record in records if record["kind"] == "train"]
-
-
-def test_tiny_trains_evaluates_and_leaves_a_run_that_explains_itself(here):
+def test_tiny_learns_on_the_text_that_comes_with_python(here):
     run = here / "runs" / "straight"
     assert perplexity(here, "straight") < 400                                     # of 1,024 tokens, from 1,024 at first
     assert json.loads((run / "recipe.json").read_text())["stop"] == {"max_steps": 150, "max_tokens": None}
     assert "recipe.eval_streams=64" in (run / "command.txt").read_text()
-    assert (run / "plan.txt").read_text().startswith("run       runs/straight: new\n")
-    assert {path.name for path in run.iterdir()} >= {
-        "recipe.json", "plan.txt", "command.txt", "commit.txt", "machine.json", "metrics.jsonl", "status.json",
-        "checkpoints", "logs", "tensorboard"}
-
-
-def test_the_same_command_again_says_that_the_run_is_finished(here):
-    again = launcher(here, "--name=straight", *OPTIONS)
-    out, _ = again.communicate(timeout=60)
-    assert again.returncode == 0
-    assert "Nothing to do: runs/straight is finished" in out
-
-
-def test_another_recipe_under_that_name_is_refused(here):
-    other = launcher(here, "--name=straight", "--config=tiny")
-    out, _ = other.communicate(timeout=60)
-    assert other.returncode == 2
-    assert "stop.max_steps: 150 -> 60" in out
 
 
 @pytest.mark.slow
-def test_killed_and_stopped_and_resumed_it_ends_where_the_undisturbed_one_did(here):
+def test_a_run_whose_power_failed_goes_on_and_ends_where_the_undisturbed_one_did(here):
     run = here / "runs" / "disturbed"
     first = launcher(here, "--name=disturbed", *OPTIONS)
-    wait_for(run / "checkpoints" / "step-00000020", first)
+    while not (run / "checkpoints" / "step-00000020").exists():
+        assert first.poll() is None, first.stdout.read()
+        time.sleep(.01)
     agent = int((run / "lock").read_text().split()[1].rstrip(","))
-    for pid in (first.pid, agent, *ranks_in(here, "disturbed")):                  # the power fails
+    for pid in (first.pid, agent, *ranks_in(here, "disturbed")):
         os.kill(pid, signal.SIGKILL)
     first.communicate(timeout=60)
 
-    log = run / "logs" / "rank-0.log"
-    before = len(log.read_text())
     second = launcher(here, "--name=disturbed", *OPTIONS)
-    while "resuming" not in log.read_text()[before:]:
-        assert second.poll() is None, second.stdout.read()
-        time.sleep(.01)
-    second.send_signal(signal.SIGINT)
-    out, _ = second.communicate(timeout=60)
-    assert second.returncode == 130
+    out, _ = second.communicate(timeout=120)
+    assert second.returncode == 0, out
     assert re.search(r"goes on from step [24681]\d*0", out)
-    assert "Stopping at the next step, with a checkpoint. Ctrl-C again kills." in out
-    stopped = re.search(r"Stopped at step (\d+) of 150. Go on with:  \S+ .*launch.py --config=tiny --name=disturbed "
-                        + re.escape(" ".join(OPTIONS[1:])), out)
-    assert 20 <= int(stopped.group(1)) < 150
-
-    third = launcher(here, "--name=disturbed", *OPTIONS)
-    out, _ = third.communicate(timeout=120)
-    assert third.returncode == 0, out
-    assert f"goes on from step {stopped.group(1)}" in out
     assert perplexity(here, "disturbed") == perplexity(here, "straight")
-
-
-@pytest.mark.slow
-def test_two_machines_are_two_nodes_that_train_together(here):
-    """Without dropout, which differs from rank to rank, they lose what one machine loses: to five digits at first,
-    until Adam has made differences of rounding large."""
-    for name, cores, machines in (("one", 1, []), ("both", None, ["--machines=2"])):
-        job = launcher(here, f"--name={name}", *machines, *OPTIONS, "--set=recipe.model.dropout=0", cores=cores)
-        out, _ = job.communicate(timeout=180)
-        assert job.returncode == 0, out
-    run = here / "runs" / "both"
-    assert {log.name for log in (run / "logs").iterdir()} == {"node-0.log", "node-1.log", "rank-0.log", "rank-1.log"}
-    assert json.loads((run / "machine.json").read_text())["ranks"] == 2
-    one, both = (losses(here, name) for name in ("one", "both"))
-    assert both[:2] == pytest.approx(one[:2], rel=2e-5)                           # of steps 1 to 10 and 11 to 20
-    assert both == pytest.approx(one, rel=.01)
-
-
-def test_a_training_that_fails_says_why_and_how_to_go_on(here):
-    failing = launcher(here, "--name=failing", "--config=tiny", "--set=recipe.data.dataset=text",
-                       "--set=recipe.data.dir=data/nowhere")
-    out, _ = failing.communicate(timeout=60)
-    assert failing.returncode == 1
-    assert "Rank 0 failed first: it ended with status 1." in out
-    assert "data/nowhere" in out.partition("Rank 0 failed first")[0].partition("node 0")[2]
-    assert re.search(r"There is no checkpoint yet. Once it is mended, go on with:  \S*python\S* \S*launch.py --", out)
 
 
 def ranks_in(folder: Path, name: str) -> list[int]:

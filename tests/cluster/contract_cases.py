@@ -2,11 +2,14 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
+from cluster.rehearsal import hosts
+from cluster.rehearsal.bench import Bench
 from tests.cluster import slurm_bench
 
 
@@ -33,6 +36,13 @@ def local(folder: Path) -> Iterator[World]:
 
 
 @contextlib.contextmanager
+def aws(folder: Path) -> Iterator[World]:
+    with Bench(folder) as bench:
+        yield World(("--machines=2", "--instance_type=c5.large", f"--ssh_user={bench.user}", "--skip_setup", "--yes"),
+                    bench.env, bench.instances)
+
+
+@contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[World]:
     with slurm_bench.slurm(folder) as bench:
         yield World(("--machines=2",), bench.env, bench.jobs)
@@ -40,5 +50,7 @@ def slurm(folder: Path) -> Iterator[World]:
 
 CASES = (
     Case("local", local, follows=False),
+    Case("aws", aws, None if hosts.SSHD and shutil.which("rsync") else
+         "the machines are sshds: needs openssh-server and rsync"),
     Case("slurm", slurm, slurm_bench.LACKS),
 )
