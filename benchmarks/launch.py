@@ -38,13 +38,13 @@ from engine.run import processor
 TABLE = Path(__file__).with_name("launch.md")
 HEADING = ("| date | commit | machines | calls to AWS | handshakes from here, inside | steps | MB from here | "
            "seconds | "
-           "survey / machines / ready / code / environment / data / start | CPU s here | CPU s of the machines | "
+           "survey / machines / ready / to node 0 / to the others / start | CPU s here | CPU s of the machines | "
            "first step after s | on |")
 CONFIG = replace(CONFIGS["tiny"], machines=Machines("c5.xlarge"))
 LAUNCH_S = 300                                    # the most that one launch may take
 # Parts of a launch, and how the line begins that says that one has ended.
 PARTS = {"survey": "Asking for", "machines": r"\d+ machine\(s\) run", "ready": "Bringing the code",
-         "code": "Checking the environment", "environment": "Bringing data", "data": "Starting the training",
+         "to node 0": "Checking the environment", "to the others": "Starting the training",
          "start": "It trains"}
 FIRST_STEP = "step "
 # On a machine: the launcher's question after torch is answered, and what torchrun would do is left undone.

@@ -4,16 +4,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from cluster import bucket, ec2, ladder, prices
 from cluster.backends import Watch, Wish
 from cluster.ec2 import CallFailed, Cloud, Image, Instance, Network, Type
 from cluster.journal import Journal, owner_name
-from cluster.plan import Layout, Node, Plan, torchrun
+from cluster.outfit import node_command
+from cluster.plan import Layout, Node, Plan
 from cluster.prices import Estimate
 from cluster.remote import RemoteJob
 from cluster.run import Refused, Standing
@@ -116,13 +115,6 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
          f"stack {facts.stack.name}: {facts.stack.about}") + (f"; {facts.account.image}" if facts.account else ""),
         tuple(_notes(facts, most_hours)), question(machines.count, facts, estimate, most_hours), facts,
         facts.standing)
-
-
-def node_command(wish: Wish | Plan, node: int, ranks: int, python: str, master: str) -> tuple[str, ...]:
-    """What the supervisor of a node starts, in ~/txl."""
-    port = 20000 + zlib.crc32(wish.name.encode()) % 10000         # of this run, so that two may share a machine
-    return torchrun(python, wish.config.recipe.entry, Path("runs", wish.name, "recipe.json"), ranks=ranks,
-                    nnodes=wish.config.machines.count, node_rank=node, master_addr=master, master_port=port)
 
 
 def environment(facts: Facts, count: int, ranks: int) -> dict[str, str]:

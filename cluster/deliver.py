@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 import tempfile
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,20 +43,23 @@ CODE = ("--delete-after", "--exclude=.git", "--exclude=/runs", "--exclude=/data"
         "--filter=:- .gitignore")
 DATA = ("--copy-links",)                          # a link's target is not on the machine
 
-# A line for each path of standard input (ended by \0), in a folder below the home. Python 3.8.
+# A line for each path of standard input (each ended by \0). A word that begins with a slash says how those after it are
+# looked at, and in which folder below the home. Python 3.8.
 DIGESTS = """
 import hashlib, os, sys
-root, links, hashed = sys.argv[1:]
-os.chdir(os.path.join(os.path.expanduser("~"), root))
-for path in sys.stdin.buffer.read().split(b"\\0")[:-1]:
+for word in sys.stdin.buffer.read().split(b"\\0")[:-1]:
+    if word[:1] == b"/":
+        links, hashed, root = word[1:].split(b" ", 2)
+        os.chdir(os.path.join(os.path.expanduser(b"~"), root))
+        continue
     try:
-        if links == "kept" and os.path.islink(path):
-            print("link", os.readlink(path))
-        elif hashed == "no":
-            print(os.path.getsize(path))
+        if links == b"kept" and os.path.islink(word):
+            print("link", ascii(os.readlink(word)))
+        elif hashed == b"no":
+            print(os.path.getsize(word))
         else:
             digest = hashlib.sha256()
-            with open(path, "rb") as file:
+            with open(word, "rb") as file:
                 for block in iter(lambda: file.read(1 << 20), b""):
                     digest.update(block)
             print(digest.hexdigest())
@@ -76,17 +80,21 @@ for path, text in json.load(sys.stdin).items():
     os.replace(beside, path)
 """
 
-# From node 0 to one other machine: its name, rsync's status and last words.
-COPY = """
+# At node 0, for the machine $1: all copies over one connection, which ends by itself. It is opened apart from them, as
+# an ssh that stays behind would keep their output open; without it each copy makes its own. Says rsync's status, words.
+TO_ONE = """
 set -f
-node=$1 source=$2 target=$3
-shift 3
-for attempt in 1 2 3; do
-    words=$(rsync "$@" -e "ssh -F .ssh/txl/config" -- "$source" "$node:$target" 2>&1 > /dev/null)
-    status=$?
-    case $status in 10|12|30|255) sleep 1 ;; *) break ;; esac
-done
-echo "$node $status" $(printf "%s\\n" "$words" | tail -n 3)
+node=$1
+ssh="ssh -F .ssh/txl/config"
+copy() {
+    for attempt in 1 2 3; do
+        words=$("$@" 2>&1 > /dev/null)
+        status=$?
+        case $status in 10|12|30|255) sleep 1 ;; *) break ;; esac
+    done
+    case $status in 0|24) ;; *) echo "$node $status" $(printf "%s\\n" "$words" | tail -n 3); exit ;; esac
+}
+$ssh -O check "$node" 2> /dev/null || $ssh -o ControlPersist=60 -fNM "$node" < /dev/null > /dev/null 2>&1
 """
 
 
@@ -100,6 +108,25 @@ class Parcel:
     name: str = ""                                # of the one file that it is
 
 
+@dataclass(frozen=True)
+class Copy:
+    """What rsync at node 0 is given, for each of the others. Paths are relative to the home."""
+    source: str
+    target: str
+    options: tuple[str, ...] = ()
+    unless: tuple[str, str] | None = None         # a file and its text: a machine that has it needs no copy
+
+    def script(self) -> str:
+        """In TO_ONE."""
+        options = shlex.join([*RSYNC, *self.options, f"--rsync-path=mkdir -p {shlex.quote(self.target)} && rsync"])
+        copy = f'copy rsync {options} -e "$ssh" -- {shlex.quote(self.source)} "$node":{shlex.quote(self.target)}\n'
+        if self.unless is None:
+            return copy
+        path, text = self.unless
+        there = f'$ssh "$node" cat {shlex.quote(shlex.quote(path))} 2> /dev/null'
+        return f'[ "$({there})" = {shlex.quote(text)} ] || {copy}'
+
+
 class Contents(NamedTuple):
     """What is in a parcel: files, by name and by a digest or size of each."""
     paths: list[str]
@@ -108,44 +135,39 @@ class Contents(NamedTuple):
     hashed: bool
 
 
-def send_code(shells: Sequence[Shell], checkout: Path, *, say: Callable[[str], None] = print,
-              interrupted: Callable[[], bool] = never) -> None:
-    """The checkout, without what .gitignore names, is ~/txl on every machine; runs/, data/ and venv/ there stay."""
-    bring(shells, code(checkout), say, interrupted)
-
-
-def send(shells: Sequence[Shell], local: Path, remote: str, *, say: Callable[[str], None] = print,
-         interrupted: Callable[[], bool] = never, introduced: bool = False) -> None:
-    """A file, or what is in a folder, into the folder `remote` (below the home) of every machine."""
-    bring(shells, goods(local, remote), say, interrupted, introduced=introduced)
-
-
 def code(checkout: Path) -> Parcel:
+    """The checkout, without what .gitignore names, for ~/txl; runs/, data/ and venv/ there stay."""
     return Parcel(f"{checkout.absolute()}/", checkout, HOME, CODE)
 
 
 def goods(local: Path, remote: str) -> Parcel:
+    """A file, or what is in a folder, for the folder `remote` (below the home)."""
     local = local.absolute()                      # in a relative path rsync may take a colon for a machine's name
     return Parcel(f"{local}/", local, remote, DATA) if local.is_dir() else (
         Parcel(str(local), local.parent, remote, DATA, local.name))
 
 
-def bring(shells: Sequence[Shell], parcel: Parcel, say: Callable[[str], None] = print,
-          interrupted: Callable[[], bool] = never, *, introduced: bool = False) -> None:
+def bring(shells: Sequence[Shell], parcels: Sequence[Parcel], *, made: Callable[[], Sequence[Copy]] = tuple,
+          say: Callable[[str], None] = print, interrupted: Callable[[], bool] = never) -> None:
     """To node 0, from there to the others, and compared on all with what is here; once more where that differs.
 
-    `introduced`: node 0 has brought them something before, and need not be let in again.
+    `made`: called once node 0 has the parcels; what is made there of them, for the others as well.
     """
-    if not introduced:
-        introduce(shells, interrupted)
-    before, wrong = _deliver_once(shells, parcel, say, interrupted)
+    introduce(shells, interrupted)
+    sent = [_to_first(shells[0], parcel, say, interrupted) for parcel in parcels]
+    spread(shells, [*map(_copy, parcels), *made()], interrupted)
+    wrong = _wrong(shells, parcels, sent, interrupted)
     if wrong:
         say(f"{SomeFailed(wrong, len(shells))}. Sending them again")
-        parcel = replace(parcel, options=(*parcel.options, "--checksum"))     # looks into files that seem the same
-        before, wrong = _deliver_once(shells, parcel, say, interrupted)
-    if wrong and before != _contents_here(parcel, interrupted):
-        raise Trouble("this machine", f"files in {parcel.root} change while they are sent, twice by now. Try "
-                                      f"again when they do not") from SomeFailed(wrong, len(shells))
+        # --checksum looks into files that seem the same.
+        parcels = [replace(parcel, options=(*parcel.options, "--checksum")) for parcel in parcels]
+        sent = [_to_first(shells[0], parcel, say, interrupted) for parcel in parcels]
+        spread(shells, [*map(_copy, parcels)], interrupted)
+        wrong = _wrong(shells, parcels, sent, interrupted)
+    for parcel, before in zip(parcels, sent if wrong else []):
+        if before != _contents_here(parcel, interrupted):
+            raise Trouble("this machine", f"files in {parcel.root} change while they are sent, twice by now. Try "
+                                          f"again when they do not") from SomeFailed(wrong, len(shells))
     if wrong:
         raise SomeFailed(wrong, len(shells))
 
@@ -171,7 +193,7 @@ def differing(paths: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) 
     return f"{len(wrong)} of {len(paths)} files are not as sent: {', '.join(map(repr, wrong[:3]))}" if wrong else None
 
 
-def introduce(shells: Sequence[Shell], interrupted: Callable[[], bool]) -> None:
+def introduce(shells: Sequence[Shell], interrupted: Callable[[], bool] = never) -> None:
     """Let node 0 into the others, with a key of its own, and tell it their host keys as we know them."""
     first, *others = shells
     if not others:
@@ -185,7 +207,11 @@ def introduce(shells: Sequence[Shell], interrupted: Callable[[], bool]) -> None:
     each(others, lambda shell: shell.run(admit, interrupted=interrupted), name=NAME)
     settings = run_here(["ssh", "-G", "-F", str(first.config), first.name], first.name, "ssh -G", 10).out
     hosts = [shell.host for shell in others if shell.host]
-    config = config_text({host.name: {"HostName": host.private, "HostKeyAlias": host.alias} for host in hosts} | {"*": {
+    # A connection is named by its machine, as another may be node 1 while it still lasts.
+    config = config_text({host.name: {
+        "HostName": host.private, "HostKeyAlias": host.alias,
+        "ControlPath": f".ssh/txl/{zlib.crc32(f'{host.alias} {host.private}'.encode()):08x}"}
+        for host in hosts} | {"*": {
         "Port": dict(line.split(" ", 1) for line in settings.splitlines())["port"],
         "IdentityFile": ".ssh/txl/id_ed25519", "IdentitiesOnly": "yes", "UserKnownHostsFile": ".ssh/txl/known_hosts",
         "StrictHostKeyChecking": "yes", "BatchMode": "yes", "ConnectTimeout": 10, "ServerAliveInterval": 5,
@@ -196,32 +222,30 @@ def introduce(shells: Sequence[Shell], interrupted: Callable[[], bool]) -> None:
     write(first, {".ssh/txl/config": config, ".ssh/txl/known_hosts": "".join(known)}, interrupted)
 
 
-def fan_out(shells: Sequence[Shell], source: str, target: str, options: Sequence[str],
-             interrupted: Callable[[], bool]) -> None:
-    """From node 0 to the others, 8 at once. Not packed: their network is faster than a processor packs."""
+def spread(shells: Sequence[Shell], copies: Sequence[Copy], interrupted: Callable[[], bool] = never) -> None:
+    """From node 0, which must be introduced, to the others, 8 at once. Not packed: their network is faster."""
     first, *others = shells
-    if not others:
+    if not others or not copies:
         return
+    script = "".join([TO_ONE, *(copy.script() for copy in copies), 'echo "$node 0"\n'])
     names = shlex.join(shell.name for shell in others)
     said = first.run(f"printf '%s\\n' {names} | " + shlex.join(
-        ["xargs", "-P", "8", "-I", "{}", "sh", "-c", COPY, "sh", "{}", source, target, *RSYNC, *options]),
+        ["xargs", "-P", "8", "-n", "1", "sh", "-c", script, "sh"]),
         tied=True, timeout_s=COPY_S, interrupted=interrupted).out
     ended = {name: (int(status), words) for name, status, words in re.findall(r"^(\S+) (\d+) ?(.*)$", said, re.M)}
     errors: dict[str, Trouble] = {}
     for shell in others:
         status, words = ended.get(shell.name, (-1, "no word of it"))
-        if status not in (0, 24):
+        if status:
             reason = f"{first.name} could not copy to it: {words or wordless(status)} (rsync {status})"
             errors[shell.name] = Failed(shell.name, reason, status)
     if errors:
         raise SomeFailed(errors, len(shells))
 
 
-def spread(shells: Sequence[Shell], path: Path, interrupted: Callable[[], bool] = never) -> None:
-    """A file or folder below ~/txl that node 0 has made or fetched, to the others."""
-    target = f"{HOME}/{path.parent.as_posix()}/"
-    fan_out(shells, f"{HOME}/{path.as_posix()}", target, (f"--rsync-path=mkdir -p {shlex.quote(target)} && rsync",),
-            interrupted)
+def below_code(path: Path) -> Copy:
+    """A file or folder below ~/txl that node 0 has made or fetched."""
+    return Copy(f"{HOME}/{path.as_posix()}", f"{HOME}/{path.parent.as_posix()}/")
 
 
 def write(shell: Shell, files: Mapping[str, str], interrupted: Callable[[], bool] = never) -> None:
@@ -229,21 +253,32 @@ def write(shell: Shell, files: Mapping[str, str], interrupted: Callable[[], bool
     shell.run(f"python3 -c {shlex.quote(WRITE)}", input=json.dumps(files), interrupted=interrupted)
 
 
-def _deliver_once(shells: Sequence[Shell], parcel: Parcel, say: Callable[[str], None], interrupted: Callable[[], bool],
-                  ) -> tuple[Contents, dict[str, Trouble]]:
-    """What was here before it was sent, and the machines where something else is now."""
+def _copy(parcel: Parcel) -> Copy:
+    return Copy(f"{parcel.target}/{parcel.name}", f"{parcel.target}/", parcel.options)
+
+
+def _to_first(first: Shell, parcel: Parcel, say: Callable[[str], None], interrupted: Callable[[], bool]) -> Contents:
+    """Returns what was here before it was sent."""
     ours = _contents_here(parcel, interrupted)
     if not ours.hashed:
-        say(f"Sending {ours.gib:.1f} GiB of {parcel.source} to {shells[0].name}, less what is there already")
-    # The folder is made on the way: a command of its own would be one more on every machine.
+        say(f"Sending {ours.gib:.1f} GiB of {parcel.source} to {first.name}, less what is there already")
+    # The folder is made on the way: a command of its own would be one more.
     options = (*parcel.options, f"--rsync-path=mkdir -p {shlex.quote(parcel.target)} && rsync")
-    _insist(lambda: shells[0].put(parcel.source, f"{parcel.target}/", *options, interrupted=interrupted), say)
-    fan_out(shells, f"{parcel.target}/{parcel.name}", f"{parcel.target}/", options, interrupted)
-    command = shlex.join(["python3", "-c", DIGESTS, parcel.target, *_how(parcel, ours.hashed)])
-    theirs = each(shells, lambda shell: shell.run(command, input=_listed(ours.paths), timeout_s=1800,
+    _insist(lambda: first.put(parcel.source, f"{parcel.target}/", *options, interrupted=interrupted), say)
+    return ours
+
+
+def _wrong(shells: Sequence[Shell], parcels: Sequence[Parcel], sent: Sequence[Contents],
+           interrupted: Callable[[], bool]) -> dict[str, Trouble]:
+    """The machines where something else is now than was sent."""
+    asked = "".join(_listed(parcel, parcel.target, ours.paths, ours.hashed) for parcel, ours in zip(parcels, sent))
+    command = f"python3 -c {shlex.quote(DIGESTS)}"
+    theirs = each(shells, lambda shell: shell.run(command, input=asked, timeout_s=1800,
                                                   interrupted=interrupted).out.splitlines(), name=NAME)
-    return ours, {shell.name: Trouble(shell.name, reason) for shell, digests in zip(shells, theirs)
-                  if (reason := differing(ours.paths, ours.digests, digests))}
+    paths = [path for ours in sent for path in ours.paths]
+    digests = [digest for ours in sent for digest in ours.digests]
+    return {shell.name: Trouble(shell.name, reason) for shell, found in zip(shells, theirs)
+            if (reason := differing(paths, digests, found))}
 
 
 def _contents_here(parcel: Parcel, interrupted: Callable[[], bool]) -> Contents:
@@ -253,19 +288,17 @@ def _contents_here(parcel: Parcel, interrupted: Callable[[], bool]) -> Contents:
         with contextlib.suppress(OSError):        # gone meanwhile, or a link to nowhere
             size += (parcel.root / path).stat().st_size
     hashed = size <= HASHED_GIB * 2**30
-    words = [sys.executable, "-c", DIGESTS, str(parcel.root.absolute()), *_how(parcel, hashed)]
-    listed = run_here(words, "this machine", f"reading {parcel.root}", 1800, interrupted, input=_listed(paths))
+    listed = run_here([sys.executable, "-c", DIGESTS], "this machine", f"reading {parcel.root}", 1800, interrupted,
+                      input=_listed(parcel, str(parcel.root.absolute()), paths, hashed))
     if listed.status:
         raise Failed("this machine", f"{parcel.root} cannot be read: {listed.err.strip()}", listed.status)
     return Contents(paths, listed.out.splitlines(), size / 2**30, hashed)
 
 
-def _how(parcel: Parcel, hashed: bool) -> tuple[str, str]:
-    return "followed" if "--copy-links" in parcel.options else "kept", "yes" if hashed else "no"
-
-
-def _listed(paths: Sequence[str]) -> str:
-    return "".join(f"{path}\0" for path in paths)
+def _listed(parcel: Parcel, root: str, paths: Sequence[str], hashed: bool) -> str:
+    """For DIGESTS."""
+    links = "followed" if "--copy-links" in parcel.options else "kept"
+    return "".join(f"{word}\0" for word in (f"/{links} {'yes' if hashed else 'no'} {root}", *paths))
 
 
 def _insist(copy: Callable[[], object], say: Callable[[str], None]) -> None:

@@ -7,29 +7,25 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from cluster import bucket, deliver, doors, ec2, ladder, reach, ready, run, ssh
-from cluster.aws import Facts, config_hash, estimated, limit_hours, node_command, refuse_others, uses_efa
+from cluster import bucket, doors, ec2, ladder, reach, ready, ssh
+from cluster.aws import Facts, config_hash, estimated, limit_hours, refuse_others, uses_efa
 from cluster.backends import Watch, Wish
 from cluster.boot import Limits, user_data
 from cluster.ec2 import CallFailed, Instance, Thing
 from cluster.journal import Journal, home
-from cluster.local import CHECKOUT
-from cluster.plan import Node, Plan
-from cluster.remote import RemoteJob, board_port, parsed
+from cluster.outfit import Ground, Outfit, place_of
+from cluster.plan import Plan
+from cluster.remote import RemoteJob
 from cluster.run import Broken, Refused, Stopped
 from cluster.ssh import Host, Interrupted, Shell, SomeFailed, Trouble
 from cluster.stacks import installation
 
 COMING_S, READY_S = 600, 900                      # until machines run, and until they are ready, at most
-PREPARE_S = 3 * 3600                              # for data to be downloaded and encoded
 WORTH_S = 600                                     # machines that a budget holds for less are not launched
 SHOWN_S = 30                                      # after a launch, until EC2 shows its machines to every question
 SPOT_MARGIN = 1.2                                 # a budget counts spot at this times its price now, and pays no more
@@ -58,10 +54,9 @@ class Launch:
 
     def carry_out(self) -> RemoteJob:
         try:
-            shells, hosts = self.gang()
-            if (job := self.attached(shells, hosts)) is not None:
-                return job
-            return self.started(shells, hosts)
+            outfit = Outfit(self.plan, self.gang(), self.ground, self.watch)
+            launch = (None if self.ours else outfit.at_work()) or outfit.start()
+            return self.job(outfit.shells, launch)
         except Interrupted as error:
             raise Stopped(f"Given up. {self.roll_back()}") from error
         except Refused as error:
@@ -78,7 +73,7 @@ class Launch:
 
     # --- machines ---
 
-    def gang(self) -> tuple[list[Shell], list[Host]]:
+    def gang(self) -> list[Shell]:
         """Machines in order: those that are up, else new ones, and others once more where those were not: it happens.
 
         What is wrong with all of several machines is the image, the flags or the network here: that is not repeated.
@@ -98,9 +93,8 @@ class Launch:
         except (Refused, Broken, Trouble, CallFailed) as second:
             raise Broken(f"{second}\nThat was the second attempt. The first: {first}") from second
 
-    def prepared(self, machines: list[Instance]) -> tuple[list[Shell], list[Host]]:
-        hosts = self.hosts(self.running(machines))
-        return self.reached(hosts), hosts
+    def prepared(self, machines: list[Instance]) -> list[Shell]:
+        return self.reached(self.hosts(self.running(machines)))
 
     def adopted(self) -> list[Instance]:
         """The machines of this name that are up already, those of a launcher that died after asking too."""
@@ -209,18 +203,13 @@ class Launch:
         try:
             return self.cloud.role(
                 bucket.role_name(owner, name, self.cloud.region), bucket.role_path(owner, name), bucket.trust(),
-                bucket.policy(self.place, bucket.parse(terms.data) if terms.data else None,
+                bucket.policy(place_of(self.plan), bucket.parse(terms.data) if terms.data else None,
                               self.cloud.caller.split(":")[1]), tags)
         except CallFailed as error:
             if error.verdict != "denied":
                 raise
             raise Refused(f"The machines need a role for S3, and {self.cloud.caller} may not make one: {error}\n"
                           f"Or name an instance profile that may do the same:  --role=NAME") from error
-
-    @property
-    def place(self) -> bucket.Place | None:
-        """Where the run is kept in S3."""
-        return bucket.parse(self.terms.bucket) / self.plan.name if self.terms.bucket else None
 
     def ondemand_allowed(self) -> tuple[bool, str]:
         """Whether on-demand machines may take the place of spot ones, and what to say where not."""
@@ -309,141 +298,7 @@ class Launch:
             ssh.each(shells, lambda shell: shell.run(script, timeout_s=READY_S, tied=True,
                                                      interrupted=self.watch.interrupted), name=lambda shell: shell.name)
 
-    def attached(self, shells: list[Shell], hosts: list[Host]) -> RemoteJob | None:
-        """The training that runs there already, or has finished there; None where one must be started."""
-        if self.ours:
-            return None
-        run_dir = f"txl/{self.plan.run_dir.as_posix()}"
-        script = (f"cd {run_dir} 2>/dev/null || exit 0; cat nodes/$N.json; echo; "
-                  f"flock -n nodes/$N.lock true && echo idle || echo busy; cat status.json 2>/dev/null; echo")
-        said = ssh.each(list(zip(shells, hosts)), lambda one: one[0].run(f"N={one[1].node}; {script}").out.splitlines(),
-                        name=lambda one: one[1].name)
-        nodes = [parsed(lines[0]) if lines else {} for lines in said]
-        launches = {node.get("launch", "") for node in nodes}
-        busy = [len(lines) > 1 and lines[1] == "busy" for lines in said]
-        finished = len(said[0]) > 2 and parsed(said[0][2]).get("state") == "finished"
-        if len(launches) == 1 and "" not in launches and (all(busy) or (finished and not any(busy))):
-            self.watch.say("It is training there already: following it." if all(busy) else "It has finished there.")
-            return self.job(shells, launches.pop())
-
-        def end(i: int) -> None:
-            node = f"{run_dir}/nodes/{hosts[i].node}"
-            shells[i].run(f"touch {node}.kill; flock -w 20 {node}.lock true")
-
-        # The rest of a training that has failed elsewhere.
-        ssh.each([i for i, still in enumerate(busy) if still], end, name=lambda i: hosts[i].name)
-        return None
-
-    def started(self, shells: list[Shell], hosts: list[Host]) -> RemoteJob:
-        plan, say, interrupted, stack = self.plan, self.watch.say, self.watch.interrupted, self.facts.stack
-        run.record(plan.run_dir, plan.config.recipe, str(plan), plan.command, plan.overrides, CHECKOUT)
-        with reach.holding(shells):
-            say("Bringing the code.")
-            deliver.send_code(shells, CHECKOUT, say=say, interrupted=interrupted)
-            say("Checking the environment.")
-            needed = "".join((CHECKOUT / f"requirements{of}.txt").read_text() for of in ("", "-launch"))
-            python = reach.setup(shells, None, stack.torch, stack.index_url, needed, skip=self.terms.skip_setup,
-                                 more=("boto3",) if self.terms.needs_s3 else (), say=say, interrupted=interrupted)
-            self.bring_inputs(shells, python)
-            if plan.standing.place:               # what is there already stays: the further one comes first
-                say(f"The run is further in {self.place} than here: the machines fetch step {plan.standing.step}.")
-                self.bring_kept(shells, python)
-                self.bring_run(shells)
-            else:
-                self.bring_run(shells)
-                self.bring_kept(shells, python)
-            say("Starting the training.")
-            launch = uuid.uuid4().hex[:12]
-            launches = [self.launch_of(launch, node, host, hosts[0], python) for node, host in
-                        zip(plan.layout.nodes, hosts)]
-            reach.start(shells, plan.run_dir.as_posix(), launches, self.records(), interrupted=interrupted)
-        return self.job(shells, launch)
-
-    def launch_of(self, launch: str, node: Node, host: Host, first: Host, python: str) -> dict[str, Any]:
-        board = [python, "-m", "tensorboard.main", f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
-                 f"--port={board_port(self.plan.name)}"]
-        command = node_command(self.plan, node.rank, node.ranks, python, first.private)
-        return {"launch": launch, "command": list(command), "env": node.env | self.aws_env(), "private": host.private,
-                "tensorboard": board if self.plan.tensorboard and node.rank == 0 else None,
-                "mirror": self.in_bucket("mirror", node, python) if self.place and self.reaches_s3(node) else None}
-
-    def records(self) -> dict[str, str]:
-        """Files of the run's folder that the machines must have: the recipe, and for the bucket how it came about."""
-        names = ("recipe.json", "plan.txt", "command.txt", "commit.txt") if self.place else ("recipe.json",)
-        return {(self.plan.run_dir / name).as_posix(): (self.plan.run_dir / name).read_text() for name in names}
-
-    def aws_env(self) -> dict[str, str]:
-        """What leads programs on the machines to S3. Their credentials come from their role."""
-        here = {name: os.environ[name] for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3") if name in os.environ}
-        return {"AWS_DEFAULT_REGION": self.cloud.region} | here if self.terms.needs_s3 else {}
-
-    def in_bucket(self, verb: str, node: Node, python: str) -> list[str]:
-        """The command, in ~/txl, for a node's part of the run's folder."""
-        return [python, "-m", "cluster.host.bucket", verb, self.plan.run_dir.as_posix(), str(self.place),
-                f"--node={node.rank}", f"--ranks={node.ranks}"]
-
-    def bring_kept(self, shells: list[Shell], python: str) -> None:
-        """From the bucket: the run's logs, to go on, and whole checkpoints that the machines have not."""
-        if self.place:
-            self.on_s3(shells, [self.in_bucket("resume", node, python) for node in self.plan.layout.nodes])
-
-    def on_s3(self, shells: list[Shell], commands: list[list[str]]) -> None:
-        """Command i on machine i, in ~/txl, where that reaches S3."""
-        env = [f"{name}={value}" for name, value in self.aws_env().items()]
-        nodes = [node for node in self.plan.layout.nodes if self.reaches_s3(node)]
-        ssh.each(nodes, lambda node: shells[node.rank].run(
-            f"cd {deliver.HOME} && {shlex.join(['env', *env, *commands[node.rank]])}", timeout_s=ssh.COPY_S, tied=True,
-            interrupted=self.watch.interrupted), name=lambda node: shells[node.rank].name)
-
-    def reaches_s3(self, node: Node) -> bool:
-        """Without a public address a machine would need an endpoint or a NAT of the network's."""
-        return node.rank == 0 or not self.jump
-
-    def bring_inputs(self, shells: list[Shell], python: str) -> None:
-        """Data, and weights to start from."""
-        recipe, missing = self.plan.config.recipe, []
-        for i, path in enumerate(map(Path, recipe.inputs)):
-            if path.is_absolute():
-                raise Broken(f"{path} is an absolute path, which machines do not share. Give one below {Path.cwd()}")
-            if i == 0 and (data := self.terms.data):              # the folder of the data
-                self.watch.say(f"Fetching {path} from {data}.")
-                fetch = [python, "-m", "cluster.host.bucket", "fetch", data, path.as_posix()]
-                self.on_s3(shells, [fetch] * self.count)
-                if self.jump:
-                    deliver.spread(shells, path, self.watch.interrupted)
-            elif path.exists():
-                self.watch.say(f"Bringing {path}.")
-                deliver.send(shells, path, f"txl/{path if path.is_dir() else path.parent}", say=self.watch.say,
-                           interrupted=self.watch.interrupted, introduced=True)
-            elif str(path) != recipe.init_from:   # which a run that goes on does not need
-                missing.append(path)
-        if missing and recipe.prepare:            # by node 0, which has a way to where it is published
-            self.watch.say(f"{', '.join(map(str, missing))} is not here: made on {shells[0].name}.")
-            shells[0].run(f"cd {deliver.HOME} && {shlex.join([python, *recipe.prepare])}", timeout_s=PREPARE_S,
-                          tied=True, interrupted=self.watch.interrupted)
-            for path in missing:
-                deliver.spread(shells, path, self.watch.interrupted)
-
-    def bring_run(self, shells: list[Shell]) -> None:
-        """What is here of the run, where the machines have none of it: they go on with its numbers and logs."""
-        run_dir, newest = self.plan.run_dir, self.plan.standing.step
-        if self.plan.standing.state == "new":
-            return
-        there = shells[0].run(f"ls txl/{run_dir}/checkpoints 2>/dev/null", check=False).out.split()
-        if newest is not None and not [name for name in there if name >= f"step-{newest:08d}"]:
-            for folder in run.newest_and_best(run_dir):
-                deliver.send(shells, folder, f"txl/{folder}", say=self.watch.say, interrupted=self.watch.interrupted,
-                             introduced=True)
-
-        def bring(node: Node) -> None:
-            ranks = range(node.rank * node.ranks, (node.rank + 1) * node.ranks)
-            reach.bring(shells[node.rank], run_dir, f"txl/{run_dir}",
-                        [f"node-{node.rank}.log", *(f"rank-{rank}.log" for rank in ranks)], rest=node.rank == 0,
-                        interrupted=self.watch.interrupted)
-
-        ssh.each(self.plan.layout.nodes, bring, name=lambda node: shells[node.rank].name)
-
-    def job(self, shells: list[Shell], launch: str) -> RemoteJob:
+    def job(self, shells: Sequence[Shell], launch: str) -> RemoteJob:
         self.ours = []                            # from here on they are the run's
         return RemoteJob(self.plan.run_dir, shells, launch, self.watch, self.gone, self.bye,
                          tensorboard=self.plan.tensorboard)
@@ -525,6 +380,10 @@ class Launch:
         return True
 
     # --- small things ---
+
+    @property
+    def ground(self) -> Ground:
+        return Ground(self.facts.stack.torch, self.facts.stack.index_url, self.cloud.region, first_alone=self.jump)
 
     @property
     def wish(self) -> Wish:

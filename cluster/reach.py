@@ -12,12 +12,14 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.deliver import HOME, fan_out, introduce, write
+from cluster.deliver import HOME, Copy, spread, write
 from cluster.ssh import NAME, Failed, Interrupted, Shell, SomeFailed, Trouble, each, never
 
-TRAINING = ("numpy", "tensorboard", "tokenizers") # what it imports beside torch
+TRAINING = ("numpy", "tensorboard", "tokenizers", "fire")        # what it imports beside torch; fire: txl.data
+VENV = "venv/bin/python"
 
 LAUNCHERS = ("lock", "stop", "recipe.json", "plan.txt", "command.txt", "commit.txt")      # of a run's folder
 
@@ -78,43 +80,83 @@ def holding(shells: Sequence[Shell], every_s: float = 60) -> Iterator[None]:
         thread.join()
 
 
-def setup(shells: Sequence[Shell], stack_python: str | None, torch: str, index_url: str | None, requirements: str, *,
-          skip: bool, more: Sequence[str] = (), say: Callable[[str], None] = print,
-          interrupted: Callable[[], bool] = never) -> str:
-    """The Python to run the training with, as seen from ~/txl: one that is there and has everything, else a new one.
+@dataclass(frozen=True)
+class Environment:
+    """What training needs of a Python, and `image`, the one that a machine comes with."""
+    torch: str                                    # the version, where one must be installed
+    index_url: str | None                         # that it is installed from; None: pip's own
+    requirements: tuple[str, ...]                 # beside torch, as pip takes them
+    packages: tuple[str, ...]                     # all of it, as Python imports it
+    image: str = "python3"
 
-    `requirements`: the text of requirements.txt, of which training needs a part; `more`: packages beside those. A new
-    one is made on node 0 and copied, as only node 0 may have a way out to the package index. A copy works under
+    @property
+    def stamp(self) -> str:
+        """In ~/txl/venv/stamp once this is there as a whole."""
+        wanted = [f"torch=={self.torch}", *self.requirements, self.index_url or ""]
+        return hashlib.sha256("\n".join(wanted).encode()).hexdigest()[:16]
+
+    def check(self, python: str) -> str:
+        """A command, in ~/txl, that fails where that Python cannot train; its last word of errors says why."""
+        return f"{shlex.quote(python)} -c {shlex.quote(CHECK.format(packages=', '.join(self.packages)))}"
+
+    def copies(self, python: str) -> list[Copy]:
+        """What node 0 gives the others, that this Python be there too."""
+        venv = f"{HOME}/venv/"
+        return [Copy(venv, venv, ("--delete", "--exclude=/stamp"), (f"{venv}stamp", self.stamp))] * (python == VENV)
+
+
+def environment(torch: str, index_url: str | None, requirements: str, *, more: Sequence[str] = ()) -> Environment:
+    """`requirements`: the text of requirements.txt, of which training needs a part; `more`: packages beside those."""
+    packages = (*TRAINING, *more)
+    return Environment(torch, index_url, tuple(training_requirements(requirements, packages)), packages)
+
+
+def provide(first: Shell, wanted: Environment, *, skip: bool, say: Callable[[str], None] = print,
+            interrupted: Callable[[], bool] = never) -> str:
+    """The Python on node 0 to train with, as seen from ~/txl: one that is there and has everything, else a new one.
+
+    A new one is made on node 0 for all, as only node 0 may have a way out to the package index. A copy works under
     another home too, as long as its programs are called as `venv/bin/python -m`: python finds its packages from where
     it is, only scripts have paths.
     """
-    packages = (*TRAINING, *more)
-    wanted = [f"torch=={torch}", *training_requirements(requirements, packages)]
-    stamp = hashlib.sha256("\n".join([*wanted, index_url or ""]).encode()).hexdigest()[:16]
-    image = stack_python or "python3"
-    made = f'[ "$(cat venv/stamp 2> /dev/null)" = {stamp} ] && venv/bin/python'
-    if _lacks(shells, made, packages, interrupted) is None:
-        return "venv/bin/python"
-    if (lacks := _lacks(shells, shlex.quote(image), packages, interrupted)) is None:
-        return image
+    script = (f'cd {HOME}\n[ "$(cat venv/stamp 2> /dev/null)" = {wanted.stamp} ] && {wanted.check(VENV)} && '
+              f"echo {VENV} || {{ {wanted.check(wanted.image)} && echo {shlex.quote(wanted.image)}; }}")
+    found = first.run(script, check=False, timeout_s=300, interrupted=interrupted)
+    if not found.status:
+        return found.out.splitlines()[-1]
     if skip:
-        raise Trouble(lacks.name, f"{lacks.reason}\n--skip_setup takes {image} as it is; without it all is installed")
-    say(f"Installing {', '.join(wanted)} on {shells[0].name}: minutes")
-    first, rest = (shlex.quote(wanted[0]), shlex.join(wanted[1:]))
-    script = (f"cd {HOME}\npython={shlex.quote(image)}\n{INSTALL}\n"
-              f"pip {first}{f' --index-url {shlex.quote(index_url)}' if index_url else ''}\npip {rest}\n")
-    done = shells[0].run(script, check=False, tied=True, timeout_s=3600, interrupted=interrupted)
+        raise Trouble(first.name, _as_it_is(wanted, _last_line(found.err)))
+    install(first, wanted, say=say, interrupted=interrupted)
+    return VENV
+
+
+def install(first: Shell, wanted: Environment, *, say: Callable[[str], None] = print,
+            interrupted: Callable[[], bool] = never) -> None:
+    """~/txl/venv on node 0."""
+    torch = f"torch=={wanted.torch}"
+    say(f"Installing {', '.join([torch, *wanted.requirements])} on {first.name}: minutes")
+    index = f" --index-url {shlex.quote(wanted.index_url)}" if wanted.index_url else ""
+    script = (f"cd {HOME}\npython={shlex.quote(wanted.image)}\n{INSTALL}\npip {shlex.quote(torch)}{index}\n"
+              f"pip {shlex.join(wanted.requirements)}\n{wanted.check(VENV)}\necho {wanted.stamp} > venv/stamp\n")
+    done = first.run(script, check=False, tied=True, timeout_s=3600, interrupted=interrupted)
     if done.status:
-        raise Failed(shells[0].name, f"the installation failed: {pips_reason(done.err)}\nWith an image whose "
-                                     f"{image} has torch, {', '.join(packages)}: --skip_setup", done.status)
-    if len(shells) > 1:
-        say(f"Copying it to {len(shells) - 1} more")
-        introduce(shells, interrupted)
-        fan_out(shells, f"{HOME}/venv/", f"{HOME}/venv/", ("--delete", "--exclude=/stamp"), interrupted)
-    if lacks := _lacks(shells, "venv/bin/python", packages, interrupted):
+        raise Failed(first.name, f"the installation failed: {pips_reason(done.err)}\nWith an image whose "
+                                 f"{wanted.image} has torch, {', '.join(wanted.packages)}: --skip_setup", done.status)
+
+
+def everywhere(shells: Sequence[Shell], wanted: Environment, python: str, *, skip: bool,
+               say: Callable[[str], None] = print, interrupted: Callable[[], bool] = never) -> str:
+    """The Python for all: node 0's, where the others can train with theirs of that name, else a new one for all."""
+    if not (lacks := _lacking(shells[1:], wanted, python, interrupted)):
+        return python
+    if python != VENV:
+        if skip:
+            raise Trouble(lacks.name, _as_it_is(wanted, lacks.reason)) from lacks
+        install(shells[0], wanted, say=say, interrupted=interrupted)
+    spread(shells, [replace(copy, unless=None) for copy in wanted.copies(VENV)], interrupted)
+    if lacks := _lacking(shells[1:], wanted, VENV, interrupted):
         raise lacks
-    each(shells, lambda shell: shell.run(f"echo {stamp} > {HOME}/venv/stamp", interrupted=interrupted), name=NAME)
-    return "venv/bin/python"
+    return VENV
 
 
 def training_requirements(text: str, packages: Sequence[str] = TRAINING) -> list[str]:
@@ -175,16 +217,24 @@ def bring(shell: Shell, local: Path, remote_run: str, logs: Sequence[str], *, re
               *([f"--exclude=/{name}" for name in no] if rest else ["--exclude=*"]), interrupted=interrupted)
 
 
-def _lacks(shells: Sequence[Shell], python: str, packages: Sequence[str],
-           interrupted: Callable[[], bool]) -> Trouble | None:
-    """Which machines' `python` (as a shell's words, in ~/txl) cannot train, and why; None: all can."""
-    program = CHECK.format(packages=", ".join(packages))
+def _lacking(others: Sequence[Shell], wanted: Environment, python: str,
+             interrupted: Callable[[], bool]) -> Trouble | None:
+    """Which of the others cannot train with it, and why; None: all can, and have it on record."""
+    record = f" && echo {wanted.stamp} > venv/stamp" if python == VENV else ""
 
     def check(shell: Shell) -> str | None:
-        result = shell.run(f"cd {HOME} && {python} -c {shlex.quote(program)}", check=False, timeout_s=300,
+        result = shell.run(f"cd {HOME} && {wanted.check(python)}{record}", check=False, timeout_s=300,
                            interrupted=interrupted)
-        return (result.err.strip().splitlines() or ["it is not there"])[-1] if result.status else None
+        return _last_line(result.err) if result.status else None
 
-    reasons = each(shells, check, name=NAME)
-    lacking = {shell.name: Trouble(shell.name, reason) for shell, reason in zip(shells, reasons) if reason}
-    return SomeFailed(lacking, len(shells)) if lacking else None
+    reasons = each(others, check, name=NAME)
+    lacking = {shell.name: Trouble(shell.name, reason) for shell, reason in zip(others, reasons) if reason}
+    return SomeFailed(lacking, len(others)) if lacking else None
+
+
+def _last_line(err: str) -> str:
+    return (err.strip().splitlines() or ["it is not there"])[-1]
+
+
+def _as_it_is(wanted: Environment, reason: str) -> str:
+    return f"{reason}\n--skip_setup takes {wanted.image} as it is; without it all is installed"

@@ -43,7 +43,7 @@ def sync(words: Sequence[str], flags: Syncing) -> int:
 
     def send() -> None:
         with Journal(found.name).alone("synced"), reach.holding(shells):
-            deliver.bring(shells, parcel, interrupted=interrupted)
+            deliver.bring(shells, [parcel], interrupted=interrupted)
         print(f"{time.strftime('%H:%M:%S')} {parcel.source} is in ~/{parcel.target} of {len(shells)} machine(s), "
               f"compared", flush=True)
 

@@ -14,12 +14,13 @@ from pathlib import Path
 import boto3
 import pytest
 
-from cluster import aws, gang, reach, ready, remote
+from cluster import aws, gang, outfit, reach, ready, remote
 from cluster.__main__ import main as cluster
 from cluster.backends import LOST
 from cluster.driven import Launcher
 from cluster.gang import Launch
 from cluster.journal import Journal
+from cluster.outfit import Outfit
 from cluster.plan import Plan
 from cluster.rehearsal.bench import Bench
 from cluster.rehearsal.hosts import Host, Knobs
@@ -87,8 +88,7 @@ def test_machines_at_addresses_of_earlier_ones_are_taken_for_what_they_are(bench
 
 def standing(bench: Bench, *more: str) -> list[str]:
     """Two machines that a launcher has left ready behind, as one that is killed; their ids."""
-    machines = Launch(plan_of(bench, *more), Journal("two"), Person()).gang()[1]
-    return [host.alias for host in machines]
+    return [shell.host.alias for shell in Launch(plan_of(bench, *more), Journal("two"), Person()).gang()]
 
 
 def test_machines_that_were_stopped_and_started_are_reached_at_their_new_addresses(bench):
@@ -174,9 +174,10 @@ def test_what_pip_says_is_told_and_once_that_is_mended_the_same_command_goes_on_
     prepare(there)
     with pytest.raises(Broken, match=rf"(?s)the installation failed: ERROR: .*tokenizers.*{STAY}"):
         aws.apply(plan(there), Person())
-    index(tokenizers="0.22.0")
+    index(tokenizers="0.22.0", fire="0.7.1")
+    Path("data/stdlib").mkdir(parents=True)       # else it would be made there, which takes a real environment
     with pytest.raises(Stopped, match=r"The 2 machine\(s\) that were up already stay"):
-        aws.apply(plan(there), Person("Copying it to 1 more"))
+        aws.apply(plan(there), Person("Copying all of it to 1 more."))
     assert [machine.id for machine in bench.alive()] == ids
     assert len(requests(bench)) == 1
 
@@ -189,9 +190,10 @@ def quick(monkeypatch):
     for name, seconds in {"FETCH_S": .1, "FETCH_OTHERS_S": .2, "ASK_S": .2, "SILENT_S": 2, "GRACE_S": .3}.items():
         monkeypatch.setattr(remote, name, seconds)
     monkeypatch.setattr(gang, "SHOWN_S", 1)
-    monkeypatch.setattr(gang, "node_command", lambda *_: ("sh", "-c", "echo begun; exec sleep 1000"))
-    monkeypatch.setattr(Launch, "bring_inputs", lambda *_: None)
-    monkeypatch.setattr(reach, "setup", lambda *_, **__: "python3")
+    monkeypatch.setattr(outfit, "node_command", lambda *_: ("sh", "-c", "echo begun; exec sleep 1000"))
+    monkeypatch.setattr(Outfit, "_inputs", lambda _: [])
+    for name in ("provide", "everywhere"):
+        monkeypatch.setattr(reach, name, lambda *_, **__: "python3")
 
 
 def test_a_machine_that_is_started_anew_is_lost_to_the_training_but_not_to_its_watchdog_and_then_taken_again(
@@ -235,7 +237,7 @@ def test_a_machine_that_is_stopped_amid_the_training_is_said_to_be_and_the_other
 
 def test_other_machines_go_on_with_the_logs_and_numbers_of_those_that_are_gone(bench, quick, monkeypatch):
     for gang_ in ("first", "second"):
-        monkeypatch.setattr(gang, "node_command", lambda wish, node, *_, gang_=gang_: ("sh", "-c", f"""
+        monkeypatch.setattr(outfit, "node_command", lambda wish, node, *_, gang_=gang_: ("sh", "-c", f"""
             cd runs/two
             for file in logs/rank-{node}.log metrics.jsonl; do echo {gang_} of {node} >> $file; done
             exec sleep 1000"""))
@@ -253,7 +255,7 @@ def test_other_machines_go_on_with_the_logs_and_numbers_of_those_that_are_gone(b
 
 
 def test_another_launcher_follows_a_training_that_one_has_left_and_sees_its_end(bench, quick, monkeypatch):
-    monkeypatch.setattr(gang, "node_command", lambda *_: ("sh", "-c", "while [ ! -e go ]; do sleep .1; done"))
+    monkeypatch.setattr(outfit, "node_command", lambda *_: ("sh", "-c", "while [ ! -e go ]; do sleep .1; done"))
     aws.apply(plan_of(bench), Person())._over.set()
     person = Person()
     job = aws.apply(plan_of(bench), person)

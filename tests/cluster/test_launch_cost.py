@@ -32,7 +32,7 @@ def test_four_machines_cost_the_laptop_as_many_calls_and_bytes_as_one(bench, mon
     assert four.calls == one.calls + Counter(CreatePlacementGroup=1)
     assert four.steps <= 1.5 * one.steps          # what takes long where the machines have processors of their own
     assert one.handshakes == [(1, 0)]
-    assert four.handshakes == [(1, 0), (1, 2), (1, 2), (1, 2)]    # two: code and data
+    assert four.handshakes == [(1, 0), (1, 1), (1, 1), (1, 1)]
     assert one.sent > DATA_BYTES
     assert (four.sent - one.sent) / 3 < 30_000    # a handshake and a dozen commands, some with a list of all files
 

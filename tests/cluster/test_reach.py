@@ -5,15 +5,18 @@ import json
 import re
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from cluster import reach
+from cluster import deliver, reach
 from cluster.ssh import Interrupted, SomeFailed, Trouble
 from tests.cluster.sshd import BARE_PYTHON, contents, needs_sshd, put
 
-REQUIREMENTS = "-r other.txt\ntorch==2.13.0   # newer\nnumpy>=1.26\ntensorboard>=2\ntokenizers>=0.20,<1 # bytes\nruff\n"
+REQUIREMENTS = ("-r other.txt\ntorch==2.13.0   # newer\nnumpy>=1.26\ntensorboard>=2\ntokenizers>=0.20,<1 # bytes\n"
+                "fire>=0.7\n")
+WANTED = reach.environment("2.13.0", None, REQUIREMENTS)
 pytestmark = needs_sshd
 
 
@@ -35,8 +38,10 @@ def test_a_hold_changes_the_lease_where_there_is_one(trio):
 
 
 def test_what_training_needs_is_a_part_of_the_requirements():
-    assert reach.training_requirements(REQUIREMENTS) == ["numpy>=1.26", "tensorboard>=2", "tokenizers>=0.20,<1"]
-    here = (Path(__file__).resolve().parents[2] / "requirements.txt").read_text()
+    assert reach.training_requirements(REQUIREMENTS) == ["numpy>=1.26", "tensorboard>=2", "tokenizers>=0.20,<1",
+                                                         "fire>=0.7"]
+    root = Path(__file__).resolve().parents[2]
+    here = "".join((root / name).read_text() for name in ("requirements.txt", "requirements-launch.txt"))
     assert [re.match(r"\w+", line)[0] for line in reach.training_requirements(here)] == list(reach.TRAINING)
     assert all(re.search("[>=]", line) for line in reach.training_requirements(here))
 
@@ -53,22 +58,35 @@ def bare(trio):
 @pytest.mark.slow
 def test_the_environment_is_made_on_node_0_once_and_works_on_the_others(bare, index):
     trio, said = bare, []
-    url = index(torch="2.13.0", numpy="2.0", tensorboard="2.20", tokenizers="0.22")
+    url = index(torch="2.13.0", numpy="2.0", tensorboard="2.20", tokenizers="0.22", fire="0.7")
     for machine in trio.all:                      # torch has an index of its own, the others come from pip's
         put(machine.home, {".config/pip/pip.conf": f"[global]\nindex-url = {url}\n"})
 
     def setup(torch: str = "2.13.0", skip: bool = False) -> str:
-        return reach.setup(trio.shells[:2], None, torch, url, REQUIREMENTS, skip=skip, say=said.append)
+        wanted, shells = reach.environment(torch, url, REQUIREMENTS), trio.shells[:2]
+        python = reach.provide(shells[0], wanted, skip=skip, say=said.append)
+        deliver.introduce(shells)
+        deliver.spread(shells, wanted.copies(python))
+        return reach.everywhere(shells, wanted, python, skip=skip, say=said.append)
 
     assert setup() == "venv/bin/python"
-    assert said == ["Installing torch==2.13.0, numpy>=1.26, tensorboard>=2, tokenizers>=0.20,<1 on node-0: minutes",
-                    "Copying it to 1 more"]
+    assert said == ["Installing torch==2.13.0, numpy>=1.26, tensorboard>=2, tokenizers>=0.20,<1, fire>=0.7 on node-0: "
+                    "minutes"]
     for i in (0, 1):
         where = trio.shells[i].run("cd txl && venv/bin/python -c 'import torch; print(torch.__file__)'").out
         assert where.startswith(f"{trio[i].home}/txl/venv/")
     shutil.rmtree(url.removeprefix("file://"))
     assert setup() == setup(skip=True) == "venv/bin/python"           # nothing is asked of an index that is gone
-    assert len(said) == 2
+    assert len(said) == 1
+    for damaged in (0, 1):                        # what is on record is looked at all the same
+        shutil.rmtree(next((trio[damaged].home / "txl/venv").glob("lib/python*/site-packages/numpy")))
+        if damaged:
+            assert setup(skip=True) == "venv/bin/python"
+        else:
+            with pytest.raises(Trouble, match="No module named 'numpy'"):
+                setup(skip=True)
+            shutil.copytree(next((trio[1].home / "txl/venv").glob("lib/python*/site-packages/numpy")),
+                            next((trio[0].home / "txl/venv").glob("lib/python*/site-packages")) / "numpy")
     with pytest.raises(Trouble, match=r"node-0: the installation failed: ERROR: [^$]*torch==2\.14[^$]*--skip_setup"):
         setup(torch="2.14.0")
 
@@ -77,21 +95,29 @@ def test_an_image_that_has_everything_is_taken_as_it_is(trio):
     for machine in trio.all:
         put(machine.home, {"txl/x": ""})
         machine.has("trained", "exit 0")
-    assert reach.setup(trio.shells, "trained", "2.13.0", None, REQUIREMENTS, skip=False) == "trained"
+    wanted = replace(WANTED, image="trained")
+    assert reach.provide(trio.shells[0], wanted, skip=False) == "trained"
+    assert reach.everywhere(trio.shells, wanted, "trained", skip=False) == "trained"
+    assert wanted.copies("trained") == []
     assert not (trio[0].home / "txl/venv").exists()
 
 
 def test_an_image_that_lacks_something_is_said_when_nothing_may_be_installed(bare):
-    with pytest.raises(Trouble, match="2 of 2 machines: node-0, node-1: ModuleNotFoundError: No module named 'numpy'\n"
+    with pytest.raises(Trouble, match="node-0: ModuleNotFoundError: No module named 'numpy'\n"
                                       "--skip_setup takes python3 as it is"):
-        reach.setup(bare.shells[:2], None, "2.13.0", None, REQUIREMENTS, skip=True)
+        reach.provide(bare.shells[0], WANTED, skip=True)
+    put(bare[2].home, {"txl/x": ""})
+    bare[2].has("python3", "exit 0")
+    with pytest.raises(Trouble, match="1 of 2 machines: node-1: ModuleNotFoundError: No module named 'numpy'\n"
+                                      "--skip_setup takes python3 as it is"):
+        reach.everywhere([bare.shells[2], bare.shells[1], bare.shells[2]], WANTED, "python3", skip=True)
 
 
 def test_a_python_that_is_too_old_is_named_before_anything_is_installed(trio):
     put(trio[0].home, {"txl/x": ""})
     trio[0].has("python3", "echo 'ERROR: Python is 3.8, needed is 3.10' >&2; exit 1")
     with pytest.raises(Trouble, match=r"node-0: the installation failed: ERROR: Python is 3\.8, needed is 3\.10"):
-        reach.setup(trio.shells[:1], None, "2.13.0", None, REQUIREMENTS, skip=False, say=print)
+        reach.provide(trio.shells[0], WANTED, skip=False)
 
 
 def test_an_installation_that_is_interrupted_ends_there_too(trio):
@@ -99,7 +125,7 @@ def test_an_installation_that_is_interrupted_ends_there_too(trio):
     there = trio[0].folder / "installing"
     trio[0].has("python3", f"case \"$*\" in *venv*) echo $$ > {there}; exec sleep 60;; *numpy*) exit 1;; esac")
     with pytest.raises(Interrupted):
-        reach.setup(trio.shells[:1], None, "2.13.0", None, REQUIREMENTS, skip=False, interrupted=there.exists)
+        reach.provide(trio.shells[0], WANTED, skip=False, interrupted=there.exists)
     deadline = time.monotonic() + 10
     while Path(f"/proc/{there.read_text().strip()}").exists():
         assert time.monotonic() < deadline
