@@ -67,7 +67,7 @@ class Login:
     checkout: str                                 # the code's
     pythonpath: str | None = None                 # where the code is, if not in that folder
     job: str | None = None                        # of this run, that is in the queue or running
-    slurm: bool = True                            # False in a dry run elsewhere
+    unasked: str | None = None                    # why Slurm was not asked, in a dry run
 
 
 def script(wish: Wish, login: Login, gpus: int) -> str:

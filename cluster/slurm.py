@@ -13,6 +13,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 from cluster import local, run, squeue
 from cluster.backends import Watch, Wish
@@ -34,12 +35,14 @@ WHY = {"CANCELLED": "was cancelled, by scancel or an administrator", "NODE_FAIL"
 
 def survey(wish: Wish) -> Login:
     """Looks at this machine and for a job of this run."""
-    slurm = shutil.which("sbatch") is not None
-    if not slurm and not wish.dry:
-        raise Refused("There is no sbatch on this machine. Type the command on a login node of the Slurm cluster, in a "
-                      "folder that its nodes see too; --dry_run prints the script anywhere")
-    return Login(sys.executable, os.getcwd(), str(local.CHECKOUT), local.pythonpath(),
-                 found[0] if slurm and (found := squeue.job_of(wish.name)) else None, slurm)
+    here = Login(sys.executable, os.getcwd(), str(local.CHECKOUT), local.pythonpath())
+    try:
+        found = squeue.job_of(wish.name)
+    except Refused as error:
+        if not wish.dry:
+            raise
+        return replace(here, unasked=str(error))
+    return replace(here, job=found and found[0])
 
 
 def lay_out(wish: Wish, login: Login) -> Layout:
@@ -96,9 +99,9 @@ class SlurmJob:
         try:
             seen = squeue.look(self.id)
             self._silent = False
-        except TimeoutError as error:             # it may be restarted: the job does not mind
+        except OSError as error:                  # it may be restarted: the job does not mind
             if not self._silent:
-                self._watch.say(f"{error}. It is asked again until it answers; the job does not need it.")
+                self._watch.say(f"{run.why(error)}. It is asked again until it answers; the job does not need that.")
             self._silent = True
             seen = None
         finally:
@@ -115,8 +118,8 @@ class SlurmJob:
         self._ask_at = 0.0
         try:
             ask("scancel", self.id)
-        except TimeoutError as error:
-            self._watch.say(f"{error}. By hand:  scancel {self.id}")
+        except OSError as error:
+            self._watch.say(f"{run.why(error)}. By hand:  scancel {self.id}")
 
     def close(self) -> None:
         (self.plan.run_dir / "stop").unlink(missing_ok=True)
@@ -166,7 +169,7 @@ class SlurmJob:
 
     def _leave_the_queue(self) -> None:
         """End the job if it has not begun. One that begins just now finds the file `stop`."""
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(OSError):        # asked again with the next look
             ask("scancel", "--state=PENDING", self.id)
             self._ask_at = 0.0
 
@@ -188,8 +191,8 @@ class SlurmJob:
 
 def _notes(wish: Wish, login: Login, gpus: int) -> Iterator[str]:
     terms, machines = wish.terms, wish.config.machines
-    if not login.slurm:
-        yield "there is no sbatch on this machine: nobody was asked"
+    if login.unasked:
+        yield f"Slurm was not asked. {login.unasked}"
     if login.job:
         yield f"job {login.job} of this run is in the queue or running: it is followed"
     if machines.kind == LOCAL and not gpus:

@@ -28,10 +28,16 @@ class Seen:
 
 
 def job_of(name: str) -> tuple[str, str] | None:
-    """The run's job that waits or runs, as id and state: by its name and folder, as no other has both."""
+    """The run's job that waits or runs, as id and state: by its name and folder, as no other has both.
+
+    Raises Refused where there is no Slurm, or none that answers.
+    """
     try:
         done = ask("squeue", f"--user={os.getuid()}", f"--name={job_name(name)}", "--states=all", "--noheader",
                    "--format=%i|%T|%Z")
+    except FileNotFoundError as error:
+        raise Refused("There is no Slurm on this machine. Type the command on a login node of the cluster, in a folder "
+                      "that its nodes see too; --dry_run prints the script anywhere") from error
     except TimeoutError as error:
         raise Refused(f"{error}. Is the cluster up?  sinfo") from error
     if done.returncode:

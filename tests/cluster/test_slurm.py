@@ -1,0 +1,295 @@
+"""The backend `slurm`: its script as a text, and what a real Slurm on loopback makes of it (slurm_bench.py)."""
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import launch
+from cluster import local
+from cluster.backends import Wish
+from cluster.driven import Launcher
+from cluster.run import NEW
+from cluster.sbatch import Login, script
+from cluster.slurm import lay_out
+from cluster.spec import Machines, Terms, slurm_minutes
+from configs import CONFIGS, tiny
+from tests.cluster import slurm_bench
+from tests.cluster.slurm_bench import Slurm
+from tests.cluster.test_contract import OVERRIDES, STEPS, curve, make_text
+from tests.waiting import until
+
+LOGIN = Login("/shared/env/bin/python", "/shared/work", "/shared/code", "/shared/code")
+LAUNCH_S = 300                                    # for a launcher to come to what is waited for, on a busy machine
+ENDLESS = ("--set=recipe.stop.max_steps=1000000", "--set=recipe.clock.eval_interval=1000000")
+needs_slurm = pytest.mark.skipif(slurm_bench.LACKS is not None, reason=str(slurm_bench.LACKS))
+
+
+def wish(config=tiny, name: str = "x", dry: bool = False, **terms) -> Wish:
+    return Wish(name, config, NEW, Terms(**terms), dry)
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """An empty folder on a machine that has no Slurm."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "/nowhere")
+    return tmp_path
+
+
+# --- the script, and what is refused without a Slurm -----------------------------------------------------------------
+
+def test_a_script_is_this_text():
+    config = replace(CONFIGS["nvidia_large_multinode"], machines=Machines("dgx2", count=8, gpus=16))
+    of = wish(config, "big", partition="gpu", account="lm", time="4:00:00", container_image="nvcr.io#nvidia/pytorch:X",
+              container_mounts="/data:/data", sbatch=("--qos=high", "--comment='no hurry'"))
+    assert script(of, LOGIN, gpus=16) == r"""#!/bin/bash
+# Run big: a torchrun on each of 8 nodes. Made by launch.py; the same command makes and submits it again.
+#SBATCH --job-name=txl-big
+#SBATCH --chdir=/shared/work
+#SBATCH --nodes=8
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=16
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --partition=gpu
+#SBATCH --account=lm
+#SBATCH --time=4:00:00
+#SBATCH --output=runs/big/logs/slurm.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@300
+#SBATCH --qos=high
+#SBATCH --comment='no hurry'
+
+run=runs/big
+export OMP_NUM_THREADS=1
+export PYTHONPATH=/shared/code
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 10000))     # of this job, as another may have a part of the same node
+export first port
+echo "Job $SLURM_JOB_ID on $SLURM_JOB_NODELIST, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date "+%F %T %z")"
+rm -f "$run"/logs/node-*.status
+echo "$SLURM_JOB_ID" > "$run/slurm.job"           # a second word follows at the end
+
+# TERM comes before the time limit, and before a preemption where the cluster says so. The file asks the training to
+# save and end. Where somebody else has made it already, that is what they want, and the job does not go on later.
+later=
+trap 'told=1; [[ -e $run/stop ]] || { later=1; touch "$run/stop"; }' TERM
+srun --kill-on-bad-exit=1 \
+    --cpu-bind=none \
+    --output=runs/big/logs/node-%n.log \
+    --open-mode=append \
+    '--container-image=nvcr.io#nvidia/pytorch:X' \
+    --container-mounts=/shared/work:/shared/work,/shared/code:/shared/code,/data:/data \
+    --container-workdir=/shared/work \
+    bash -c '
+echo "=== launched $(date "+%F %T %z"): job $SLURM_JOB_ID on $SLURMD_NODENAME"
+trap : TERM                                # is for torchrun; this shell stays for its status
+python -m torch.distributed.run \
+    --nnodes=8 --nproc-per-node=16 "--node-rank=$SLURM_NODEID" "--master-addr=$first" "--master-port=$port" \
+    -m txl.train runs/big/recipe.json
+status=$?
+echo "$status" > "runs/big/logs/node-$SLURM_NODEID.status"
+exit "$status"
+' &
+while told=; wait $!; status=$?; [[ $told ]]; do :; done         # a signal ends the waiting, not what is waited for
+rm -f "$run/stop"
+
+state=$(scontrol show job "$SLURM_JOB_ID" | grep -o 'JobState=[A-Z_]*')
+if [[ ${state:-JobState=RUNNING} != JobState=RUNNING ]]; then
+    exit "$status"                         # Slurm ends the job: cancelled, or queued again by Slurm itself
+fi
+# Stopped by TERM, the shell's or, with a status other than 0, each process's own: the training is to go on.
+if [[ $run/status.json -nt $run/slurm.job ]] && grep -q '"state": "stopped"' "$run/status.json" \
+    && [[ $later || $status != 0 ]]; then
+    scontrol requeue "$SLURM_JOB_ID" && exit
+fi
+echo "$SLURM_JOB_ID $status" > "$run/slurm.job"
+exit "$status"
+"""
+
+
+def differing(one: str, other: str) -> tuple[set[str], set[str]]:
+    """The lines of one alone, and of the other."""
+    return set(one.splitlines()) - set(other.splitlines()), set(other.splitlines()) - set(one.splitlines())
+
+
+def test_without_a_container_the_python_that_launches_trains():
+    of = wish(replace(tiny, machines=Machines("p4d.24xlarge", count=2)))
+    inside = replace(of, terms=Terms(container_image="image.sqsh"))
+    plain, packed = (script(one, replace(LOGIN, checkout=LOGIN.folder), gpus=8) for one in (of, inside))
+    assert differing(plain, packed) == (
+        {"/shared/env/bin/python -m torch.distributed.run \\"},
+        {"    --container-image=image.sqsh \\", "    --container-mounts=/shared/work:/shared/work \\",
+         "    --container-workdir=/shared/work \\", "python -m torch.distributed.run \\"})
+
+
+@pytest.mark.parametrize(("machines", "gpus", "whole"), [
+    (Machines("local"), 0, False),
+    (Machines("local", gpus=2), 2, False),        # two GPUs of a node that others may have the rest of
+    (Machines("p4d.24xlarge"), 8, True),
+    (Machines("p4d.24xlarge", gpus=4), 4, False),
+    (Machines("p4d.24xlarge", count=2, gpus=4), 4, True),
+    (Machines("dgx2", gpus=16), 16, False),
+    (Machines("c5.xlarge", count=2), 0, False),
+])
+def test_gpus_are_asked_for_and_nodes_taken_whole_where_all_of_them_are_wanted(machines, gpus, whole):
+    layout = lay_out(wish(replace(tiny, machines=machines)), LOGIN)
+    assert layout.ranks == machines.count * max(1, gpus)
+    assert (f"\n#SBATCH --gpus-per-node={gpus}\n" in layout.script) == (gpus > 0)
+    assert ("\n#SBATCH --exclusive\n#SBATCH --mem=0\n" in layout.script) == whole
+    assert f"--nnodes={machines.count} --nproc-per-node={max(1, gpus)} " in layout.script
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 8])
+def test_nvidias_multi_node_recipe_has_its_batch_on_1_2_4_and_8_machines_of_16_gpus(count, elsewhere, capsys):
+    assert launch.main(["--config=nvidia_large_multinode", "--backend=slurm", "--dry_run", f"--machines={count}",
+                        "--set=machines.gpus=16"]) == 0
+    out = capsys.readouterr().out
+    assert f"512 sequences over {count * 16} rank(s)" in out
+    assert f"#SBATCH --nodes={count}\n" in out
+    assert not list(elsewhere.iterdir())
+
+
+@pytest.mark.parametrize("value", ["a b", "it's", 'a"b', "$HOME", "`id`", "a;b"])
+def test_no_value_can_say_more_than_itself(value, tmp_path):
+    """Judged by bash, which runs the script with srun and the like as functions that print their words."""
+    of = wish(container_image=value, container_mounts=value)
+    login = replace(LOGIN, python=value, folder=f"/{value}", checkout=f"/{value}", pythonpath=value)
+    fakes = ('scontrol() { :; }; python() { :; }; rm() { :; }; touch() { :; }; '
+             'srun() { printf "%s\\n" "$PYTHONPATH" "$@"; }\n')
+    (tmp_path / "runs/x/logs").mkdir(parents=True)
+    done = subprocess.run(["bash"], input=fakes + script(of, login, gpus=1), cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60, env={"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"})
+    lines = done.stdout.splitlines()
+    assert lines[1] == value                                      # after "Job 7 on": PYTHONPATH
+    assert f"--container-image={value}" in lines
+    assert f"--container-mounts=/{value}:/{value},{value}" in lines
+    assert shlex.split(script(of, login, gpus=1).partition("chdir=")[2].partition("\n")[0]) == [f"/{value}"]
+
+
+@pytest.mark.parametrize(("time", "minutes"), [
+    ("30", 30), ("1:30", 2), ("2:00:00", 120), ("1-0", 1440), ("1-12:30", 2190), ("2-00:00:01", 2881)])
+def test_a_time_limit_is_understood_as_slurm_does(time, minutes):
+    assert slurm_minutes(time) == minutes
+
+
+def test_a_short_time_limit_leaves_most_of_it_to_the_training():
+    notices = {time: re.search(r"TERM@(\d+)", script(wish(time=time), LOGIN, 0))[1] for time in ("4", "20", "1-0")}
+    assert notices == {"4": "60", "20": "300", "1-0": "300"}
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--time=soon"], "--time is 'soon': Slurm takes minutes"),
+    (["--time=0"], "--time is 0: it must be above 0"),
+    (["--container_mounts=/a:/a"], "--container_mounts are for a container: which --container_image?"),
+    (["--sbatch=qos"], "--sbatch takes an option of sbatch as it is, --sbatch=--qos=high; not 'qos'"),
+    (["--sbatch=--qos=x\nreboot"], "--sbatch has more than one line"),
+    (["--partition=a\nb"], "--partition has more than one line"),
+    (["--instance_type=dgx2"], "dgx2 is not in the table of cluster/spec.py. How many GPUs has a node?"),
+    (["--backend=local", "--partition=gpu"], "--partition: only --backend=slurm has a use for that"),
+    (["--backend=aws", "--sbatch=--qos=x"], "--sbatch: only --backend=slurm has a use for that"),
+])
+def test_flags_that_cannot_be_are_refused(flags, message, elsewhere, capsys):
+    backend = [] if any("--backend" in flag for flag in flags) else ["--backend=slurm"]
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["--config=tiny", "--dry_run", *backend, *flags])
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_slurm_the_script_is_printed_and_nothing_else_can_be_done(elsewhere, capsys):
+    assert launch.main(["--config=tiny", "--backend=slurm", "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "note      Slurm was not asked. There is no Slurm on this machine." in out
+    assert "\n#!/bin/bash\n# Run tiny: " in out
+    with pytest.raises(SystemExit) as ended:
+        launch.main(["--config=tiny", "--backend=slurm"])
+    assert ended.value.code == 2
+    assert "There is no Slurm on this machine. Type the command on a login node" in capsys.readouterr().err
+    assert not list(elsewhere.iterdir())
+
+
+# --- a real Slurm ----------------------------------------------------------------------------------------------------
+
+class Desk:
+    """A terminal on the login node, in a folder with data."""
+
+    def __init__(self, bench: Slurm, folder: Path):
+        self.bench, self.here, self._launchers = bench, folder, list[Launcher]()
+
+    def launch(self, name: str, *flags: str) -> Launcher:
+        self._launchers.append(Launcher(
+            [sys.executable, str(local.CHECKOUT / "launch.py"), "--config=tiny", "--backend=slurm", "--machines=2",
+             f"--name={name}", *(f"--set={override}" for override in OVERRIDES), *flags],
+            self.here / f"{name}.screen", cwd=self.here, env=self.bench.env))
+        return self._launchers[-1]
+
+    def run(self, name: str) -> Path:
+        return self.here / "runs" / name
+
+    def screen(self, name: str) -> str:
+        return (self.here / f"{name}.screen").read_text()
+
+    def queue(self) -> list[str]:
+        """Ids of the jobs that wait, run or are just ending."""
+        return self.bench.ask("squeue", "--noheader", "--format=%i").split()
+
+    def leave(self) -> None:
+        for launcher in self._launchers:
+            launcher.kill()
+        self.bench.ask("scancel", "--user=" + str(os.getuid()))
+        until(lambda: not self.queue(), 60)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    with slurm_bench.slurm(tmp_path_factory.mktemp("slurm")) as bench:
+        yield bench
+
+
+@pytest.fixture
+def desk(bench, tmp_path):
+    make_text(tmp_path / "a folder/data/little")
+    desk = Desk(bench, tmp_path / "a folder")
+    yield desk
+    desk.leave()
+
+
+def step(desk: Desk, name: str) -> int:
+    """That the run stopped at."""
+    status = json.loads((desk.run(name) / "status.json").read_text())
+    assert status["state"] == "stopped"
+    return status["step"]
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_told_of_its_time_limit_and_robbed_of_a_node_it_goes_on_to_the_same_curve(desk):
+    """What Slurm sends before the limit, sent by hand; and a node that goes down, after which Slurm queues it again."""
+    straight = desk.launch("straight")
+    assert straight.wait(LAUNCH_S) == 0, desk.screen("straight")
+    whole = curve(desk.run("straight"))
+
+    launcher = desk.launch("disturbed")
+    job = launcher.until(r"^Submitted as job (\d+)\.", LAUNCH_S)[1]
+    launcher.until("^step 10/", LAUNCH_S)
+    desk.bench.ask("scancel", "--batch", "--signal=TERM", job)
+    at = launcher.until(r"^stopped at step (\d+) as asked", LAUNCH_S)[1]
+    launcher.until(f"^Job {job} is put back into the queue", LAUNCH_S)
+    launcher.until(f"^resuming from .*step {at}$", LAUNCH_S)
+    until(lambda: json.loads((desk.run("disturbed") / "status.json").read_text())["state"] == "training", LAUNCH_S)
+    desk.bench.ask("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=a test")
+    desk.bench.ask("scontrol", "update", "nodename=127.0.0.2", "state=resume")
+    launcher.until("resuming from", LAUNCH_S)
+    assert launcher.wait(LAUNCH_S) == 0, desk.screen("disturbed")
+    assert curve(desk.run("disturbed")) == whole
+    assert f"Finished at step {STEPS}: " in desk.screen("disturbed")
