@@ -75,7 +75,7 @@ def ask(*command: str, timeout_s: float = ANSWER_S) -> subprocess.CompletedProce
 
 def complaint(stderr: str) -> str:
     """'Invalid partition name specified' of what a command complained."""
-    lines = [re.sub(r"^\w+: (error: )?", "", line).strip() for line in stderr.splitlines()]
+    lines = [re.sub(r"^(\w+: )?((\w+ )?error: )?", "", line).strip() for line in stderr.splitlines()]
     return "; ".join(filter(None, lines)) or "it does not say why"
 
 

@@ -13,22 +13,24 @@ from pathlib import Path
 import pytest
 
 import launch
-from cluster import local
+from cluster import local, slurm
 from cluster.backends import Wish
 from cluster.driven import Launcher
-from cluster.run import NEW
+from cluster.plan import Plan
+from cluster.run import NEW, Broken
 from cluster.sbatch import Login, script
-from cluster.slurm import lay_out
+from cluster.slurm import SlurmJob, lay_out
 from cluster.spec import Machines, Terms, slurm_minutes
 from configs import CONFIGS, tiny
 from tests.cluster import slurm_bench
+from tests.cluster.launching import Person
 from tests.cluster.slurm_bench import Slurm
 from tests.cluster.test_contract import OVERRIDES, STEPS, curve, make_text
 from tests.waiting import until
 
 LOGIN = Login("/shared/env/bin/python", "/shared/work", "/shared/code", "/shared/code")
 LAUNCH_S = 300                                    # for a launcher to come to what is waited for, on a busy machine
-ENDLESS = ("--set=recipe.stop.max_steps=1000000", "--set=recipe.clock.eval_interval=1000000")
+ENDLESS = 1_000_000                               # steps
 needs_slurm = pytest.mark.skipif(slurm_bench.LACKS is not None, reason=str(slurm_bench.LACKS))
 
 
@@ -42,6 +44,11 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "/nowhere")
     return tmp_path
+
+
+def plan(count: int = 2) -> Plan:
+    of = wish(replace(tiny, machines=Machines("local", count=count)))
+    return Plan("x", "tiny", of.config, "slurm", lay_out(of, LOGIN), command="python launch.py --config=tiny")
 
 
 # --- the script, and what is refused without a Slurm -----------------------------------------------------------------
@@ -218,6 +225,34 @@ def test_without_slurm_the_script_is_printed_and_nothing_else_can_be_done(elsewh
     assert not list(elsewhere.iterdir())
 
 
+def ended(folder: Path, *statuses: int | None, srun: int) -> tuple[int, ...] | None:
+    """What poll() makes of a job 7 that has ended with these statuses of its nodes."""
+    logs = folder / "runs/x/logs"
+    logs.mkdir(parents=True)
+    for node, status in enumerate(statuses):
+        if status is not None:
+            (logs / f"node-{node}.status").write_text(f"{status}\n")
+    (logs / "slurm.log").write_text("srun: error: no such luck\n")
+    (folder / "runs/x/slurm.job").write_text(f"7 {srun}\n")
+    return SlurmJob(plan(len(statuses)), "7", Person()).poll()
+
+
+@pytest.mark.parametrize(("statuses", "srun", "meaning"), [
+    ((0, 0), 0, (0, 0)),
+    ((1, 143), 143, (1, -15)),                    # the shell's word for SIGTERM
+    ((None, 1), 137, (-15, 1)),                   # ended with its shell, as the other had failed
+    ((139, 0), 139, (-11, 0)),
+])
+def test_the_nodes_statuses_are_told_apart(statuses, srun, meaning, elsewhere):
+    assert ended(elsewhere, *statuses, srun=srun) == meaning
+
+
+def test_where_no_node_did_anything_slurm_has_the_word(elsewhere):
+    with pytest.raises(Broken, match="Job 7 ended with status 1 before a node had done anything"
+                                     r"(?s:.*)srun: error: no such luck(?s:.*)go on with:  python launch\.py --config=tiny"):
+        ended(elsewhere, None, None, srun=1)
+
+
 # --- a real Slurm ----------------------------------------------------------------------------------------------------
 
 class Desk:
@@ -226,10 +261,11 @@ class Desk:
     def __init__(self, bench: Slurm, folder: Path):
         self.bench, self.here, self._launchers = bench, folder, list[Launcher]()
 
-    def launch(self, name: str, *flags: str) -> Launcher:
+    def launch(self, name: str, *flags: str, steps: int = STEPS) -> Launcher:
+        overrides = [x.replace(f"steps={STEPS}", f"steps={steps}") for x in OVERRIDES]
         self._launchers.append(Launcher(
             [sys.executable, str(local.CHECKOUT / "launch.py"), "--config=tiny", "--backend=slurm", "--machines=2",
-             f"--name={name}", *(f"--set={override}" for override in OVERRIDES), *flags],
+             f"--name={name}", *(f"--set={x}" for x in overrides), *flags],
             self.here / f"{name}.screen", cwd=self.here, env=self.bench.env))
         return self._launchers[-1]
 
@@ -264,13 +300,6 @@ def desk(bench, tmp_path):
     desk.leave()
 
 
-def step(desk: Desk, name: str) -> int:
-    """That the run stopped at."""
-    status = json.loads((desk.run(name) / "status.json").read_text())
-    assert status["state"] == "stopped"
-    return status["step"]
-
-
 @needs_slurm
 @pytest.mark.slow
 def test_told_of_its_time_limit_and_robbed_of_a_node_it_goes_on_to_the_same_curve(desk):
@@ -293,3 +322,94 @@ def test_told_of_its_time_limit_and_robbed_of_a_node_it_goes_on_to_the_same_curv
     assert launcher.wait(LAUNCH_S) == 0, desk.screen("disturbed")
     assert curve(desk.run("disturbed")) == whole
     assert f"Finished at step {STEPS}: " in desk.screen("disturbed")
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_a_preemption_and_the_time_limit_itself_put_it_back_until_it_is_asked_to_stop(desk):
+    launcher = desk.launch("limited", "--time=1", steps=ENDLESS)
+    job = launcher.until(r"^Submitted as job (\d+)\.", LAUNCH_S)[1]
+    launcher.until(rf"^Job {job} runs on 127\.0\.0\.\[1-2\], until 20\S+ at most$", LAUNCH_S)
+    launcher.until("^step 10/", LAUNCH_S)
+    desk.bench.ask("scancel", "--signal=TERM", job)                   # to all processes but the batch script
+    for _ in range(2):                                                # by that, and by the limit of a minute
+        launcher.until("^stopped at step", LAUNCH_S)
+        launcher.until(f"^Job {job} is put back into the queue, and goes on from its newest checkpoint", LAUNCH_S)
+    launcher.ctrl_c()
+    assert launcher.wait(LAUNCH_S) == 130
+    # The second is what a busy machine sees, on which the job is at work again by now.
+    assert re.match(r"(Ended\. The last checkpoint is of step \d+|Stopped at step \d+ of \d+)\. Go on with:  ",
+                    desk.screen("limited").splitlines()[-1])
+    assert not (desk.run("limited") / "stop").exists()
+    until(lambda: desk.queue() == [], 60)
+
+
+@needs_slurm
+@pytest.mark.slow
+def test_cancelled_by_somebody_is_said_in_a_line_and_a_second_ctrl_c_cancels(desk):
+    launcher = desk.launch("endless", steps=ENDLESS)
+    job = launcher.until(r"^Submitted as job (\d+)\.", LAUNCH_S)[1]
+    launcher.until("^step 10/", LAUNCH_S)
+    desk.bench.ask("scancel", job)
+    assert launcher.wait(LAUNCH_S) == 1
+    assert re.search(rf"^Job {job} was cancelled, by scancel or an administrator\. (There is no|The last) checkpoint.*"
+                     rf" Go on with:  .*launch\.py .*--name=endless", desk.screen("endless").splitlines()[-1])
+    assert desk.queue() == []                                         # the script did not put it back
+
+    (desk.run("endless") / "logs/node-0.log").unlink()
+    launcher = desk.launch("endless", steps=ENDLESS)
+    until((desk.run("endless") / "logs/node-0.log").exists, LAUNCH_S) # it loads torch now, and hears nothing
+    launcher.ctrl_c()
+    launcher.until("^Stopping at the next step, with a checkpoint. Ctrl-C again kills", LAUNCH_S)
+    launcher.ctrl_c()
+    assert launcher.wait(LAUNCH_S) == 130
+    assert "\nKilling.\n" in desk.screen("endless")
+    until(lambda: desk.queue() == [], 60)
+
+
+@needs_slurm
+def test_a_job_in_the_queue_outlives_its_launcher_and_leaves_it_by_ctrl_c(desk):
+    waiting = desk.launch("held", "--sbatch=--hold")
+    job = waiting.until(r"^Submitted as job (\d+)\.", LAUNCH_S)[1]
+    waiting.until(f"^Job {job} waits in the queue: JobHeldUser", LAUNCH_S)
+    waiting.kill()
+    assert desk.queue() == [job]
+    before = {path: path.read_bytes() for path in desk.run("held").rglob("*") if path.is_file()}
+
+    other = desk.launch("held", "--sbatch=--hold", "--time=9")
+    assert other.wait(LAUNCH_S) == 2
+    assert f"Job {job} of this run was submitted with other flags: see runs/held/slurm.sbatch" in desk.screen("held")
+
+    again = desk.launch("held", "--sbatch=--hold")
+    again.until(f"^note      job {job} of this run is in the queue or running: it is followed", LAUNCH_S)
+    again.until(f"^Job {job} waits in the queue", LAUNCH_S)
+    assert {path: path.read_bytes() for path in desk.run("held").rglob("*") if path.is_file()} == before
+    again.ctrl_c()
+    assert again.wait(LAUNCH_S) == 130
+    assert desk.queue() == []
+    assert "There is no checkpoint yet. Go on with: " in desk.screen("held").splitlines()[-1]
+
+
+@needs_slurm
+def test_what_slurm_does_not_take_is_said_in_its_words_and_leaves_nothing(desk):
+    launcher = desk.launch("refused", "--partition=gold")
+    assert launcher.wait(LAUNCH_S) == 2
+    assert desk.screen("refused").splitlines()[-1] == (
+        "Slurm does not take the job: invalid partition specified: gold; Batch job submission failed: Invalid "
+        "partition name specified")
+    assert not (desk.here / "runs").exists()
+
+
+@needs_slurm
+def test_a_slurm_that_does_not_answer_is_told_once_and_ends_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slurm.conf").write_text("ClusterName=gone\nSlurmctldHost=localhost(127.0.0.1)\n"
+                                         f"SlurmctldPort={local.free_port()}\nMessageTimeout=1\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    monkeypatch.setattr(slurm, "ASK_S", 0)
+    person = Person()
+    job = SlurmJob(plan(), "7", person)
+    assert [job.poll(), job.poll()] == [None, None]
+    assert person.lines == ["Slurm does not answer: Unable to contact slurm controller (connect failure). It is asked "
+                            "again until it answers; the job does not need that."]
+    assert job.machines() == "Slurm is silent"
