@@ -72,6 +72,9 @@ class Flags:
     container_image: str | None = flag("that pyxis starts on each node, with a python that has all it needs", None)
     container_mounts: str | None = flag("beside this folder and the code, as pyxis takes them: /data:/data", None)
     sbatch: tuple[str, ...] = flag("another line for Slurm, --sbatch=--qos=high; may be repeated", ())
+    ray_address: str | None = flag("http://HOST:8265 of a Ray; else RAY_ADDRESS, or a Ray started here", None)
+    storage_path: str | None = flag("where a Ray cluster keeps runs: a folder all its nodes share, or s3://...", None)
+    min_machines: int | None = flag("of a Ray cluster: go on with as few, where not all are there", None)
     rehearse: bool = flag("all of it on this machine, without an account, with the model of `tiny`", False)
     drill: str | None = flag("a failure to rehearse; a wrong name lists them", None)
 
@@ -144,8 +147,9 @@ def make_plan(flags: Flags, config: Config) -> Plan:
         standing = run.standing(Path("runs", name), config.recipe)
         if chosen != "aws" and (terms.needs_s3 or terms.role):
             raise BadValue(f"--bucket, --data and --role are for machines on AWS: --backend={chosen} has none")
-        if chosen != "slurm" and (strange := [f"--{name}" for name in Terms.FOR_SLURM if f"--{name}" in terms.given()]):
-            raise BadValue(f"{', '.join(strange)}: only --backend=slurm has a use for that")
+        for only, names in Terms.ONLY_FOR.items():
+            if chosen != only and (strange := [f"--{name}" for name in names if f"--{name}" in terms.given()]):
+                raise BadValue(f"{', '.join(strange)}: only --backend={only} has a use for that")
         wish, backend = Wish(name, config, standing, terms, flags.dry_run), backends.load(chosen)
         layout = backend.lay_out(wish, backend.survey(wish))
         return Plan(name, flags.config, config, chosen, layout, overrides_of(flags), command_of(flags),

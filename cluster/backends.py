@@ -17,6 +17,7 @@ BACKENDS = {                                      # name: module, loaded when ch
     "local": "cluster.local",
     "aws": "cluster.aws",
     "slurm": "cluster.slurm",
+    "ray": "cluster.ray",
 }
 
 LOST = 255                                        # the exit status of a node of which nothing is left

@@ -115,7 +115,7 @@ def failure(run_dir: Path, nodes: int, statuses: tuple[int, ...], since: float) 
         # A node that was told to end because another had failed ends with a status too, and says SIGTERM.
         node = min(logs, key=lambda i: (not statuses[i], statuses[i] == -signal.SIGTERM or "SIGTERM" in logs[i], i))
         shown, text = run_dir / "logs" / f"node-{node}.log", logs[node]
-        what = f"Node {node} failed: torchrun {_ended(statuses[node])}."
+        what = f"Node {node} failed: it {_ended(statuses[node])}."
     else:
         _, _, rank, exit_status, node = causes[0]
         what = f"Rank {rank} failed first: it {_ended(exit_status)}."

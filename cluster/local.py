@@ -125,7 +125,7 @@ class LocalJob:
             os.pwrite(self._lock, f"torchrun {pids}, started by {os.getpid()} at {time.strftime('%H:%M:%S, %Y-%m-%d')}"
                       .encode(), 0)
             if self.plan.tensorboard:
-                self._start_tensorboard()
+                self._tensorboard = start_tensorboard(self.plan.run_dir, self._watch)
         except BaseException as error:
             self.kill()
             for agent in self._agents:
@@ -171,14 +171,15 @@ class LocalJob:
     def _ranks(self) -> list[int]:
         return ranks_of(self.plan.run_dir, self.plan.config.recipe.entry)
 
-    def _start_tensorboard(self) -> None:
-        port = free_port()
-        with open(self.plan.run_dir / "logs" / "tensorboard.log", "ab") as log, \
-             open(self.plan.run_dir / "lock", "rb") as lock:
-            self._tensorboard = subprocess.Popen(
-                [sys.executable, "-c", TENSORBOARD, f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
-                 f"--port={port}"], stdin=lock, stdout=log, stderr=log, start_new_session=True)
-        self._watch.say(f"TensorBoard until the run ends: http://127.0.0.1:{port}")
+def start_tensorboard(run_dir: Path, watch: Watch) -> subprocess.Popen:
+    """For as long as somebody holds the run's lock."""
+    port = free_port()
+    with open(run_dir / "logs" / "tensorboard.log", "ab") as log, open(run_dir / "lock", "rb") as lock:
+        tensorboard = subprocess.Popen(
+            [sys.executable, "-c", TENSORBOARD, f"--logdir={run_dir}", "--host=127.0.0.1", f"--port={port}"],
+            stdin=lock, stdout=log, stderr=log, start_new_session=True)
+    watch.say(f"TensorBoard until the run ends: http://127.0.0.1:{port}")
+    return tensorboard
 
 
 def refuse_if_running(run_dir: Path, entry: str) -> None:

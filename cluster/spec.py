@@ -91,8 +91,14 @@ class Terms:
     container_image: str | None = None            # as pyxis takes it; so the next
     container_mounts: str | None = None
     sbatch: tuple[str, ...] = ()                  # further options of sbatch
+    ray_address: str | None = None                # of a Ray's dashboard; None: RAY_ADDRESS, or a Ray started here
+    storage_path: str | None = None               # where Ray keeps runs: a folder all nodes share, or a URI
+    min_machines: int | None = None               # as few as a run on Ray goes on with; None: all of them
 
-    FOR_SLURM: ClassVar = ("partition", "account", "time", "container_image", "container_mounts", "sbatch")
+    ONLY_FOR: ClassVar = {                        # the backend that has a use for them
+        "slurm": ("partition", "account", "time", "container_image", "container_mounts", "sbatch"),
+        "ray": ("ray_address", "storage_path", "min_machines"),
+    }
 
     @property
     def needs_s3(self) -> bool:
@@ -102,7 +108,7 @@ class Terms:
         for name in ("wait", "minutes_after_success", "minutes_after_failure"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} is {getattr(self, name):g}: a time is not negative")
-        for name in ("budget", "max_hours", "disk_gib"):
+        for name in ("budget", "max_hours", "disk_gib", "min_machines"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"--{name} is {getattr(self, name):g}: it must be above 0")
         for name in ("bucket", "data"):

@@ -249,6 +249,7 @@ class _Training:
             checkpoint.save(self.world, self.run.checkpoints, self.progress.step, shared, own, meta,
                             self.recipe.clock.keep_checkpoints)
             self.saved_step = self.progress.step
+            self.run.saved(self.run.checkpoints / checkpoint.name(self.saved_step))
 
     def _resume(self) -> None:
         """From the newest checkpoint that is complete on the leading rank's disk, which the other ranks need not see.

@@ -7,7 +7,9 @@ import os
 import platform
 import signal
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Literal
@@ -30,10 +32,13 @@ def processor() -> str:
 
 
 class Run:
-    """`folder` holds recipe.json; everything else about the run is written beside it (docs/design.md has the list)."""
+    """`folder` holds recipe.json; everything else about the run is written beside it (docs/design.md has the list).
 
-    def __init__(self, folder: Path, world: World):
-        self.folder, self.world = folder, world
+    `saved` is called with each checkpoint's folder once it is whole, on every rank at the same step.
+    """
+
+    def __init__(self, folder: Path, world: World, saved: Callable[[Path], None] = lambda path: None):
+        self.folder, self.world, self.saved = folder, world, saved
         self.checkpoints = folder / "checkpoints"
         self.log = self._logger()
         self._signalled, self._step, self._began = False, 0, time.time()
@@ -54,7 +59,13 @@ class Run:
                 "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda}, indent=1))
 
     def listen(self) -> None:
-        """From now on SIGTERM and SIGINT ask for a stop instead of ending the process."""
+        """From now on SIGTERM and SIGINT ask for a stop instead of ending the process.
+
+        A training that is a thread of another program's (Ray's) leaves signals to that.
+        """
+        if threading.current_thread() is not threading.main_thread():
+            return
+
         def note(signum: int, frame: FrameType | None) -> None:
             self._signalled = True
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -110,13 +110,19 @@ def world(timeout_s: float = 1800.0) -> Iterator[World]:
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout_s))
+    ours = size > 1 and not dist.is_initialized()  # Ray Train makes one, and destroys it
+    if ours:
+        dist.init_process_group(process_group(cuda), timeout=timedelta(seconds=timeout_s))
     try:
         yield World(rank, local_rank, size, device)
     finally:
-        if size > 1:
+        if ours:
             dist.destroy_process_group()
+
+
+def process_group(cuda: bool) -> str:
+    """The backends that a world needs: whatever trains on GPUs also sums numbers of the processor."""
+    return "cpu:gloo,cuda:nccl" if cuda else "gloo"
 
 
 def leave(status: int) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.errors import record
@@ -24,7 +25,8 @@ from txl.data import Corpus, DataError, load
 from txl.task import TransformerXLTask, read_recipe
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str], saved: Callable[[Path], None] = lambda path: None) -> int:
+    """`saved`: told of each checkpoint's folder (engine.run.Run)."""
     if len(argv) != 1:
         print(__doc__, file=sys.stderr)
         return 2
@@ -35,7 +37,7 @@ def main(argv: list[str]) -> int:
         print(error, file=sys.stderr)
         return 1
     with world() as w:
-        run = Run(path.parent, w)
+        run = Run(path.parent, w, saved)
         try:
             corpus = same_corpus(w, recipe.data)
             run.listen()                           # only now: what came before may be cut off at any moment

@@ -1,0 +1,135 @@
+"""A Ray of a run's own on this machine: started, kept while it has work, ended. Everything it opens is on loopback.
+
+    python -m cluster.ray_keeper FOLDER            (what `start` starts) until the run's job has ended, or SIGTERM
+
+FOLDER is Ray's own, below /tmp as the names of its sockets must be short: `token` (0600), `start.json`, `log`. The
+keeper inherits the run's lock: the run is known to be alive as long as its Ray is. No launcher need be left to end it.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import FrameType
+
+from cluster.ray_api import Dashboard, Trouble
+
+LINGER_S = 20                                     # after the last job's end: a launcher that follows ends it sooner
+IDLE_S = 300                                      # without any job: whoever started it is gone
+END_S = 20                                        # for Ray to end by itself
+STORE_BYTES = 100 << 20                           # of shared memory: a training passes nothing through it
+PR_SET_PDEATHSIG = 1                              # linux/prctl.h
+CHECKOUT = Path(__file__).resolve().parent.parent
+
+
+def start(cpus: int, gpus: int, ports: tuple[int, int], lock: int) -> tuple[Path, subprocess.Popen]:
+    """A keeper that has `lock`, and its folder. `ports`: free ones. Ray answers some seconds later, if it does."""
+    folder = Path(tempfile.mkdtemp(prefix="txl-ray-", dir="/tmp"))
+    with open(os.open(folder / "token", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
+        file.write(secrets.token_hex(32))
+    (folder / "start.json").write_text(json.dumps({
+        "address": f"http://127.0.0.1:{ports[0]}", "command": _command(folder, cpus, gpus, ports)}))
+    path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    with open(folder / "log", "ab") as log:
+        keeper = subprocess.Popen([sys.executable, "-m", "cluster.ray_keeper", str(folder)], stdin=subprocess.DEVNULL,
+                                  stdout=log, stderr=log, start_new_session=True, pass_fds=[lock],
+                                  env=os.environ | {"PYTHONPATH": path})
+    return folder, keeper
+
+
+def dashboard(folder: Path) -> Dashboard:
+    """Of the Ray in `folder`. Raises OSError where it is gone."""
+    return Dashboard(json.loads((folder / "start.json").read_text())["address"], (folder / "token").read_text())
+
+
+def end(pid: int) -> None:
+    """End a keeper and its Ray; returns once they are gone."""
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGTERM)
+    deadline = time.monotonic() + 2 * END_S
+    while alive(pid) and time.monotonic() < deadline:
+        time.sleep(.1)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process is a keeper that runs."""
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(pid, os.WNOHANG)
+    try:
+        return b"cluster.ray_keeper" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def sweep(folder: Path) -> None:
+    """What a killed Ray has left: its processes, by the folder in their command lines, and the folder."""
+    for proc in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):        # it ended meanwhile, or it is another user's
+            if os.fsencode(folder) in (proc / "cmdline").read_bytes() and int(proc.name) != os.getpid():
+                os.kill(int(proc.name), signal.SIGKILL)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def main(argv: list[str]) -> int:
+    folder, told = Path(argv[0]), [False]
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        told[0] = True
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start = json.loads((folder / "start.json").read_text())
+    api = dashboard(folder)
+    ray = subprocess.Popen(start["command"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent,
+                           env=_environment((folder / "token").read_text()))
+    quiet_since, had_work = time.monotonic(), False
+    try:
+        while not told[0] and ray.poll() is None:
+            time.sleep(.5)
+            with contextlib.suppress(Trouble):    # it is starting up, or busy
+                jobs = api.jobs()
+                had_work = had_work or bool(jobs)
+                if not all(job.ended for job in jobs):
+                    quiet_since = time.monotonic()
+            if time.monotonic() - quiet_since > (LINGER_S if had_work else IDLE_S):
+                break
+    finally:
+        ray.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            ray.wait(END_S)
+        sweep(folder)
+    return 0
+
+
+def _command(folder: Path, cpus: int, gpus: int, ports: tuple[int, int]) -> list[str]:
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
+            f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", "--port=0", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={ports[0]}", f"--ray-client-server-port={ports[1]}", "--dashboard-agent-listen-port=0",
+            f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={STORE_BYTES}"]
+
+
+def _environment(token: str) -> dict[str, str]:
+    """The training's own Python first, no word to Ray's makers, nobody without the token, and nothing but loopback."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return ours | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
+        # Ray puts its node's address in the place of 127.0.0.1, and listens on all, except where it is told that this
+        # machine is of a kind that it does not build clusters of.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
