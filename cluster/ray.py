@@ -102,12 +102,12 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
 
 def job_of(wish: Wish, facts: Facts, ranks: int, on_gpus: bool) -> dict[str, Any]:
     """What the driver is told, but for the job's `id`. Pure."""
-    storage, least = wish.terms.storage_path, wish.terms.min_machines
+    storage, least, per_machine = wish.terms.storage_path, wish.terms.min_machines, ranks // wish.config.machines.count
     return {
         "name": wish.name, "entry": wish.config.recipe.entry, "recipe": to_json(wish.config.recipe),
         "root": str(Path.cwd()) if facts.address is None else HOME if _is_uri(storage) else storage or HOME,
         "storage": storage if _is_uri(storage) else None,
-        "ranks": ranks, "min_ranks": None if least is None else least * ranks // wish.config.machines.count,
+        "ranks": ranks, "per_machine": per_machine, "min_ranks": None if least is None else least * per_machine,
         "resources": {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}, "max_failures": MAX_FAILURES}
 
 
@@ -267,8 +267,9 @@ def _training(plan: Plan, watch: Watch, dashboard: Dashboard, id: str, keeper: i
     deadline = time.monotonic() + BEGIN_S
     while not begun and not feed.begun:
         if training.poll() is not None and not feed.begun:
-            raise Refused(feed.refused or f"The job {id} ended before its training began. See "
-                                          f"{plan.run_dir}/logs/node-0.log")
+            said = (plan.run_dir / "logs" / "node-0.log").read_text(errors="replace").split(run.LAUNCHED)[-1]
+            raise Refused(feed.refused or "\n  ".join([f"The job {id} ended before its training began. Its last words:",
+                                                       *said.splitlines()[-8:]]))
         if watch.interrupted() or time.monotonic() > deadline:
             kill()
             raise Stopped("Nothing was started.") if watch.interrupted() else Broken(

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from cluster import run
 from cluster.backends import LOST
@@ -34,8 +34,13 @@ OURS = re.compile(r"logs/rank-\d+\.log|metrics\.jsonl|machine\.json|status\.json
 COLOURS = re.compile(rb"\x1b\[[\d;]*m")
 
 
+# How Ray begins a line that another process has printed; the address where that is not on the driver's machine.
+PRINTED_BY = re.compile(rb"\(\w+ pid=(\d+)(?:, ip=([^)]+))?\)")
+
+
 class Feed:
-    """Takes the bytes of the job's log: what programs print goes to logs/node-0.log, frames to the run's files."""
+    """Takes the bytes of the job's log: what a machine's ranks print goes to its logs/node-I.log, what the driver and
+    Ray's own processes do to node 0's, frames to the run's files."""
 
     def __init__(self, run_dir: Path, headline: str, say: Callable[[str], object]):
         self.begun, self.refused, self.ended = False, "", None
@@ -43,8 +48,11 @@ class Feed:
         self._rest, self._blank = b"", False
         self._base: dict[str, int] = {}           # where what its machine calls byte 0 of a file is here
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
-        self._log = open(run_dir / "logs" / "node-0.log", "ab", buffering=0)  # noqa: SIM115 - as long as the job
-        self._log.write(f"{run.LAUNCHED} {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {headline}\n".encode())
+        self._headline = f"{run.LAUNCHED} {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {headline}\n".encode()
+        self._logs: dict[int, BinaryIO] = {}      # by node
+        self._nodes: dict[tuple[bytes, bytes], int] = {}     # of the ranks, by process and address
+        self._driver = b""                        # the address of its machine
+        self._log(0)
 
     def add(self, data: bytes) -> None:
         *lines, self._rest = (self._rest + data).split(b"\n")
@@ -54,13 +62,26 @@ class Feed:
                 with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):    # a program's own words
                     self._take(json.loads(line[len(FRAME):]))
                 continue
-            self._log.write(b"\n" * self._blank + (COLOURS.sub(b"", line) + b"\n" if line else b""))
+            line = COLOURS.sub(b"", line)
+            printed = PRINTED_BY.match(line)
+            node = self._nodes.get((printed[1], printed[2] or self._driver), 0) if printed else 0
+            self._log(node).write(b"\n" * self._blank + (line + b"\n" if line else b""))
             self._blank = not line
+
+    def _log(self, node: int) -> BinaryIO:
+        if node not in self._logs:
+            self._logs[node] = (self._run_dir / "logs" / f"node-{node}.log").open("ab", buffering=0)
+            self._logs[node].write(self._headline)
+        return self._logs[node]
 
     def _take(self, frame: dict[str, Any]) -> None:
         if "file" in frame or "gone" in frame:
             self._file(frame)
-        self.begun = self.begun or "begun" in frame
+        if "node" in frame:
+            self._nodes[str(frame["pid"]).encode(), frame["ip"].encode()] = int(frame["node"])
+            self._log(int(frame["node"]))
+        if "begun" in frame:
+            self.begun, self._driver = True, frame["begun"].encode()
         self.refused = frame.get("refused", self.refused)
         self.ended = frame.get("ended", self.ended)
         if word := frame.get("word") or (frame.get("refused") if self.begun else None):

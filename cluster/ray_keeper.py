@@ -79,6 +79,17 @@ def sweep(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def environment(token: str) -> dict[str, str]:
+    """The training's own Python first, no word to Ray's makers, nobody without the token, and nothing but loopback."""
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return ours | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
+        # Ray puts its node's address in the place of 127.0.0.1, and listens on all, except where it is told that this
+        # machine is of a kind that it does not build clusters of.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+
+
 def main(argv: list[str]) -> int:
     folder, told = Path(argv[0]), [False]
 
@@ -89,7 +100,7 @@ def main(argv: list[str]) -> int:
     start = json.loads((folder / "start.json").read_text())
     api = dashboard(folder)
     ray = subprocess.Popen(start["command"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent,
-                           env=_environment((folder / "token").read_text()))
+                           env=environment((folder / "token").read_text()))
     quiet_since, had_work = time.monotonic(), False
     try:
         while not told[0] and ray.poll() is None:
@@ -114,17 +125,6 @@ def _command(folder: Path, cpus: int, gpus: int, ports: tuple[int, int]) -> list
             f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", "--port=0", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={ports[0]}", f"--ray-client-server-port={ports[1]}", "--dashboard-agent-listen-port=0",
             f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={STORE_BYTES}"]
-
-
-def _environment(token: str) -> dict[str, str]:
-    """The training's own Python first, no word to Ray's makers, nobody without the token, and nothing but loopback."""
-    ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    return ours | {
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-        "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
-        # Ray puts its node's address in the place of 127.0.0.1, and listens on all, except where it is told that this
-        # machine is of a kind that it does not build clusters of.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 def _die_with_parent() -> None:

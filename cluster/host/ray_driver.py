@@ -32,7 +32,8 @@ NEEDED = ("torch", "numpy", "tensorboard", "tokenizers", "pyarrow")
 PIECE_BYTES = 48 << 10                            # of a file, in one frame
 GRACE_S = 15                                      # for the other ranks, when one has said what is wrong
 WAITING_S = 30                                    # without workers, until it is said
-SNAPSHOT = "checkpoint_manager_snapshot.json"     # what Ray Train remembers of checkpoints; the folder is the truth
+# What Ray Train leaves beside the checkpoints: a proof that it can write, and a list of what is pruned by now.
+LEAVINGS = (".validate_storage_marker", "checkpoint_manager_snapshot.json")
 
 
 class CannotStart(Exception):
@@ -46,8 +47,9 @@ def main(argv: list[str]) -> int:
     if trouble := unfit():
         say(refused=trouble)
         return 2
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})     # before Ray's threads: one of ours waits for it
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})     # before there are threads: one of ours waits for it
     import ray
+    import ray.train.torch  # with all of torch, before another thread may load a part of it
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
     ray.init(namespace=NAMESPACE)
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -77,13 +79,10 @@ def train(job: dict[str, Any]) -> int:
     import pyarrow.fs
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
-    try:
-        from ray.train import TrainingFailedError
-    except ImportError:                           # Ray 2.50's place for it
-        from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.train.v2.api.exceptions import TrainingFailedError
 
     # Where the run's folder is one for all nodes, Ray Train's checkpoints are the engine's own folders there.
-    storage, name = (job["storage"], job["name"]) if job["storage"] else (str(folder_of(job)), "checkpoints")
+    storage = job["storage"] or str(folder_of(job).parent)
     scaling = {"resources_per_worker": job["resources"], "use_gpu": "GPU" in job["resources"],
                "placement_strategy": "PACK" if "GPU" in job["resources"] else "SPREAD"}
     try:
@@ -94,16 +93,21 @@ def train(job: dict[str, Any]) -> int:
         return 2
     from engine.world import process_group
     if not job["storage"]:
-        Path(storage, name).mkdir(parents=True, exist_ok=True)
+        Path(storage).mkdir(parents=True, exist_ok=True)
     filesystem, path = pyarrow.fs.FileSystem.from_uri(storage)
-    with contextlib.suppress(OSError):            # of the job before: it lists checkpoints that are pruned by now
-        filesystem.delete_file(f"{path}/{name}/{SNAPSHOT}")
+
+    def tidy() -> None:
+        for name in LEAVINGS:
+            with contextlib.suppress(OSError):
+                filesystem.delete_file(f"{path}/{job['name']}/{name}")
     trainer = TorchTrainer(
         work, train_loop_config={"job": json.dumps(job)}, scaling_config=scaling_config,
         torch_config=TorchConfig(backend=process_group("GPU" in job["resources"])),
-        run_config=RunConfig(name=name, storage_path=storage,
+        run_config=RunConfig(name=job["name"], storage_path=storage,
                              failure_config=FailureConfig(max_failures=job["max_failures"])))
-    say(begun=True)
+    import ray
+    tidy()
+    say(begun=ray.util.get_node_ip_address())
     try:
         trainer.fit()
         return 0
@@ -114,6 +118,8 @@ def train(job: dict[str, Any]) -> int:
             return 2
         print(str(error)[-4000:], flush=True)
         return 1
+    finally:
+        tidy()
 
 
 def work(config: dict[str, Any]) -> None:
@@ -124,7 +130,8 @@ def work(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, leads = context.get_world_rank(), context.get_world_rank() == 0
     mailbox = ray.get_actor(job["id"], namespace=NAMESPACE)
-    ray.get(mailbox.begin.remote(rank))
+    ray.get(mailbox.begin.remote(rank, {"node": rank // job["per_machine"], "pid": os.getpid(),
+                                        "ip": ray.util.get_node_ip_address()}))
     mirror, status = None, 1
     try:
         folder = prepared(job)
@@ -251,11 +258,12 @@ class Mailbox:
         self._began: set[int] = set()
         self._stop = self._kill = False
 
-    def begin(self, rank: int) -> None:
+    def begin(self, rank: int, where: dict[str, Any]) -> None:
         if rank in self._began or not self._began:
             self._began, self._ended = set(), []
             self._starts += 1
         self._began.add(rank)
+        self._frames.append(where)
 
     def put(self, frames: list[dict[str, Any]]) -> bool:
         """Whether the training shall stop."""

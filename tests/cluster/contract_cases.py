@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cluster.rehearsal import hosts
 from cluster.rehearsal.bench import Bench
-from tests.cluster import slurm_bench
+from tests.cluster import ray_bench, slurm_bench
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,17 @@ def slurm(folder: Path) -> Iterator[World]:
         yield World(("--machines=2",), bench.env, bench.jobs)
 
 
+@contextlib.contextmanager
+def ray(folder: Path) -> Iterator[World]:
+    with ray_bench.ray(1, 1) as bench:
+        yield World(("--machines=2", f"--storage_path={folder.parent / 'here'}"), bench.env,
+                    lambda: sorted(job.id for job in bench.dashboard.jobs()))
+
+
 CASES = (
     Case("local", local, follows=False),
     Case("aws", aws, None if hosts.SSHD and shutil.which("rsync") else
          "the machines are sshds: needs openssh-server and rsync"),
     Case("slurm", slurm, slurm_bench.LACKS),
+    Case("ray", ray, ray_bench.LACKS),
 )

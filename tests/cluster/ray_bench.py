@@ -1,0 +1,92 @@
+"""A real Ray on this machine, of several nodes that are all on loopback, with a token; ended whatever happens."""
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cluster import ray_keeper
+from cluster.local import free_port
+from cluster.ray_api import Dashboard, Trouble
+from tests.waiting import until
+
+LACKS = None if importlib.util.find_spec("ray") else "no Ray in this Python"
+# `ray start`, which of its own accord joins nodes on loopback to no cluster: it takes another address for them.
+START = """
+from ray._private import ray_constants, services
+ray_constants.ENABLE_RAY_CLUSTER, services.resolve_ip_for_localhost = True, lambda host: host
+from ray.scripts.scripts import main
+main()
+"""
+TOKEN = "0123456789abcdef0123456789abcdef"
+
+
+@dataclass
+class Bench:
+    """`nodes`: the process of each, in a session of its own, the head first."""
+    folder: Path
+    address: str
+    gcs: int
+    nodes: list[subprocess.Popen] = field(default_factory=list)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """Of a launcher that is to use it."""
+        return os.environ | {"RAY_ADDRESS": self.address, "RAY_AUTH_TOKEN": TOKEN}
+
+    @property
+    def dashboard(self) -> Dashboard:
+        return Dashboard(self.address, TOKEN)
+
+    def add(self, cpus: int) -> None:
+        """A node more; returns once the cluster has it."""
+        where = [f"--address=127.0.0.1:{self.gcs}"] if self.nodes else [
+            "--head", f"--port={self.gcs}", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self.address.rpartition(':')[2]}", f"--ray-client-server-port={free_port()}"]
+        with open(self.folder / "log", "ab") as log:
+            self.nodes.append(subprocess.Popen(
+                [sys.executable, "-c", START, "start", "--block", "--disable-usage-stats", *where,
+                 "--node-ip-address=127.0.0.1", f"--temp-dir={self.folder}", "--dashboard-agent-listen-port=0",
+                 f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=80000000"],
+                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                env=ray_keeper.environment(TOKEN)))
+        until(self._whole, limit_s=120)
+
+    def kill(self) -> None:
+        """The newest node ends without a word, with all that runs there."""
+        node = self.nodes.pop()
+        os.killpg(node.pid, signal.SIGKILL)
+        node.wait()
+
+    def _whole(self) -> bool:
+        assert all(node.poll() is None for node in self.nodes), (self.folder / "log").read_text()
+        with contextlib.suppress(Trouble):
+            return len(self.dashboard.nodes()) == len(self.nodes)
+        return False
+
+
+@contextlib.contextmanager
+def ray(*cpus: int) -> Iterator[Bench]:
+    """A cluster with a node for each of the numbers."""
+    folder = Path(tempfile.mkdtemp(prefix="txl-ray-", dir="/tmp"))      # names of sockets are short
+    bench = Bench(folder, f"http://127.0.0.1:{free_port()}", free_port())
+    try:
+        for count in cpus:
+            bench.add(count)
+        yield bench
+    finally:
+        for node in reversed(bench.nodes):
+            node.terminate()
+        for node in bench.nodes:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                node.wait(15)
+        ray_keeper.sweep(folder)
+        shutil.rmtree(folder, ignore_errors=True)
