@@ -12,6 +12,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,25 @@ PATH = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin"])            # 
 MISSING = [name for name in ("munged", "slurmctld", "slurmd", "sbatch", "srun") if not shutil.which(name, path=PATH)]
 LACKS = f"needs slurm-wlm and munge, for {', '.join(MISSING)}" if MISSING else None
 NODES = ("127.0.0.1", "127.0.0.2")
+# Ends, when its standard input does, all processes with a word in their environment: the daemons, the keepers of their
+# jobs, the jobs. No test, however it ends itself, leaves any.
+GUARD = """
+import os, pathlib, sys
+sys.stdin.read()
+def those():
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            if sys.argv[1].encode() in (process / "environ").read_bytes().split(bytes(1)):
+                yield int(process.name)
+        except OSError:
+            pass
+while found := list(those()):
+    for pid in found:
+        try:
+            os.kill(pid, 9)
+        except ProcessLookupError:
+            pass
+"""
 CONF = """\
 ClusterName=bench
 SlurmctldHost={host}(127.0.0.1)
@@ -79,6 +99,9 @@ def slurm(root: Path) -> Iterator[Slurm]:
     key.touch(0o600)
     key.write_bytes(secrets.token_bytes(64))
     bench = Slurm(os.environ | {"PATH": PATH, "SLURM_CONF": str(root / "slurm.conf")})
+    with open(root / "guard.out", "ab") as out:
+        guard = subprocess.Popen([sys.executable, "-c", GUARD, f"SLURM_CONF={root}/slurm.conf"], stdout=out, stderr=out,
+                                 stdin=subprocess.PIPE, start_new_session=True)
     daemons = []
 
     def start(*command: str) -> None:
@@ -96,13 +119,6 @@ def slurm(root: Path) -> Iterator[Slurm]:
                                      timeout=60).stdout == b"idle\n", 60)
         yield bench
     finally:
-        with contextlib.suppress(subprocess.SubprocessError):
-            bench.ask("scancel", "--full", "--signal=KILL", f"--user={getpass.getuser()}")
-        for daemon in reversed(daemons):
-            daemon.kill()
-            daemon.wait()
-        # What a daemon that is killed leaves: the steps' keepers, and jobs that ignored being cancelled.
-        for process in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, ValueError):
-                if f"SLURM_CONF={root}/slurm.conf".encode() in (process / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(process.name), 9)
+        guard.communicate(timeout=60)
+        for daemon in daemons:
+            daemon.wait(timeout=60)

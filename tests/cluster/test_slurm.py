@@ -248,8 +248,8 @@ def test_the_nodes_statuses_are_told_apart(statuses, srun, meaning, elsewhere):
 
 
 def test_where_no_node_did_anything_slurm_has_the_word(elsewhere):
-    with pytest.raises(Broken, match="Job 7 ended with status 1 before a node had done anything"
-                                     r"(?s:.*)srun: error: no such luck(?s:.*)go on with:  python launch\.py --config=tiny"):
+    with pytest.raises(Broken, match=r"(?s)Job 7 ended with status 1 before a node had done anything.*"
+                                     r"srun: error: no such luck.*go on with:  python launch\.py --config=tiny"):
         ended(elsewhere, None, None, srun=1)
 
 
