@@ -22,6 +22,7 @@ from cluster.run import Broken, Refused, Stopped
 from cluster.sbatch import JOB, Login, node_command, script
 from cluster.spec import LOCAL, Terms
 from cluster.squeue import OVER, Seen, ask, complaint, words_of
+from engine.cli import this_python
 from engine.files import write_whole
 
 SCRIPT = "slurm.sbatch"                           # in the run's folder: what was submitted
@@ -77,6 +78,8 @@ def apply(plan: Plan, watch: Watch) -> SlurmJob:
             with contextlib.suppress(OSError):    # other runs
                 plan.run_dir.parent.rmdir()
         raise
+    if plan.tensorboard:
+        watch.say(f"TensorBoard, from another terminal:  {this_python()} launch_tensorboard.py --name={plan.name}")
     return SlurmJob(plan, job, watch)
 
 
