@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shutil
 import signal
 import sys
@@ -230,7 +231,8 @@ def _submitted(plan: Plan, watch: Watch) -> str:
     run.record(plan.run_dir, plan.config.recipe, str(plan), plan.command, plan.overrides, local.CHECKOUT)
     write_whole(plan.run_dir / SCRIPT, plan.layout.script)
     try:
-        done = ask("sbatch", "--parsable", str(plan.run_dir / SCRIPT), timeout_s=SUBMIT_S)
+        done = ask("sbatch", "--parsable", str(plan.run_dir / SCRIPT), timeout_s=SUBMIT_S,
+                   env=_undisputed(plan.layout.script))
     except TimeoutError as error:
         raise Broken(f"{error}. If the job came through all the same, this follows it:  {plan.command}") from error
     if done.returncode:
@@ -240,3 +242,10 @@ def _submitted(plan: Plan, watch: Watch) -> str:
         log.write(f"{run.LAUNCHED} {time.strftime('%Y-%m-%d %H:%M:%S %z')}: job {job}\n")
     watch.say(f"Submitted as job {job}.")
     return job
+
+
+def _undisputed(script: str) -> dict[str, str]:
+    """This environment without what would have sbatch do other than the script says, SBATCH_TIMELIMIT for --time."""
+    said = {f"SBATCH_{option.upper().replace('-', '_')}" for option in re.findall(r"(?m)^#SBATCH --([\w-]+)", script)}
+    said |= {"SBATCH_TIMELIMIT"} if "SBATCH_TIME" in said else set()
+    return {name: value for name, value in os.environ.items() if name not in said}

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import re
 import subprocess
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,11 +65,12 @@ def look(job: str) -> Seen | None:
                 -int(sign or 0) or int(code or 0))
 
 
-def ask(*command: str, timeout_s: float = ANSWER_S) -> subprocess.CompletedProcess[str]:
+def ask(*command: str, timeout_s: float = ANSWER_S, env: Mapping[str, str] | None = None,
+        ) -> subprocess.CompletedProcess[str]:
     """One of Slurm's commands, out of reach of the terminal's Ctrl-C. Raises TimeoutError."""
     try:
         return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace",
-                              timeout=timeout_s, start_new_session=True)
+                              timeout=timeout_s, start_new_session=True, env=env)
     except subprocess.TimeoutExpired as error:
         raise TimeoutError(f"{command[0]} did not answer in {timeout_s:g} s") from error
 

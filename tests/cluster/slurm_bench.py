@@ -70,7 +70,10 @@ MpiDefault=none
 MailProg=/bin/true
 ReturnToService=2
 {nodes}
-PartitionName=main Nodes=ALL Default=YES State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL PriorityTier=2
 """
 
 

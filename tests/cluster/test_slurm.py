@@ -261,12 +261,12 @@ class Desk:
     def __init__(self, bench: Slurm, folder: Path):
         self.bench, self.here, self._launchers = bench, folder, list[Launcher]()
 
-    def launch(self, name: str, *flags: str, steps: int = STEPS) -> Launcher:
+    def launch(self, name: str, *flags: str, steps: int = STEPS, **env: str) -> Launcher:
         overrides = [x.replace(f"steps={STEPS}", f"steps={steps}") for x in OVERRIDES]
         self._launchers.append(Launcher(
             [sys.executable, str(local.CHECKOUT / "launch.py"), "--config=tiny", "--backend=slurm", "--machines=2",
              f"--name={name}", *(f"--set={x}" for x in overrides), *flags],
-            self.here / f"{name}.screen", cwd=self.here, env=self.bench.env))
+            self.here / f"{name}.screen", cwd=self.here, env=self.bench.env | env))
         return self._launchers[-1]
 
     def run(self, name: str) -> Path:
@@ -331,7 +331,7 @@ def test_a_preemption_and_the_time_limit_itself_put_it_back_until_it_is_asked_to
     job = launcher.until(r"^Submitted as job (\d+)\.", LAUNCH_S)[1]
     launcher.until(rf"^Job {job} runs on 127\.0\.0\.\[1-2\], until 20\S+ at most$", LAUNCH_S)
     launcher.until("^step 10/", LAUNCH_S)
-    desk.bench.ask("scancel", "--signal=TERM", job)                   # to all processes but the batch script
+    desk.bench.ask("sbatch", "--partition=urgent", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     for _ in range(2):                                                # by that, and by the limit of a minute
         launcher.until("^stopped at step", LAUNCH_S)
         launcher.until(f"^Job {job} is put back into the queue, and goes on from its newest checkpoint", LAUNCH_S)
@@ -388,6 +388,19 @@ def test_a_job_in_the_queue_outlives_its_launcher_and_leaves_it_by_ctrl_c(desk):
     assert again.wait(LAUNCH_S) == 130
     assert desk.queue() == []
     assert "There is no checkpoint yet. Go on with: " in desk.screen("held").splitlines()[-1]
+
+
+@needs_slurm
+@pytest.mark.parametrize(("flags", "holds"), [
+    ([], "urgent 7:00"),
+    (["--partition=main"], "main 7:00"),
+    (["--partition=main", "--time=9"], "main 9:00"),
+])
+def test_flags_hold_against_sbatchs_own_variables_which_hold_without(desk, flags, holds):
+    launcher = desk.launch("mine", *flags, "--sbatch=--hold", "--detach",
+                           SBATCH_PARTITION="urgent", SBATCH_TIMELIMIT="7")
+    assert launcher.wait(LAUNCH_S) == 0
+    assert desk.bench.ask("squeue", "--noheader", "--format=%P %l").strip() == holds
 
 
 @needs_slurm
