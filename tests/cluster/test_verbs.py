@@ -744,7 +744,8 @@ class following:
         try:
             assert self.process.wait(10) == 0 or error
         finally:
-            self.process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)           # what it has started holds its output open
             self.process.communicate()
 
 
