@@ -66,6 +66,7 @@ class Flags:
     bucket: str | None = flag("in S3, or s3://BUCKET/PREFIX: the machines keep the run's folder there", None)
     data: str | None = flag("s3://BUCKET/PREFIX: the machines fetch the recipe's data from there", None)
     role: str | None = flag("instance profile for that; else one is made for the run", None)
+    hosts: str | None = flag("machines that exist, as ssh knows them: a,b,c or a file of names", None)
     partition: str | None = flag("of a Slurm cluster; else its default one", None)
     account: str | None = flag("that Slurm charges; else the user's default one", None)
     time: str | None = flag("Slurm's limit, as 4:00:00 or 1-12:00; the job goes on after it, in the queue again", None)

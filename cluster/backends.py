@@ -16,6 +16,7 @@ from cluster.spec import Config, Terms
 BACKENDS = {                                      # name: module, loaded when chosen
     "local": "cluster.local",
     "aws": "cluster.aws",
+    "ssh": "cluster.hosts",
     "slurm": "cluster.slurm",
     "ray": "cluster.ray",
 }

@@ -202,7 +202,7 @@ def introduce(shells: Sequence[Shell], interrupted: Callable[[], bool] = never) 
                        "{ rm -f id_ed25519 && ssh-keygen -q -t ed25519 -N '' -C txl-node-0 -f id_ed25519; }; } && "
                        "cat id_ed25519.pub", interrupted=interrupted).out.strip()
     line = shlex.quote(f"restrict {public}")      # commands, and nothing that a person would do with it
-    admit = (f"umask 077; cd .ssh && {{ grep -qxF {line} authorized_keys || "
+    admit = (f"umask 077; mkdir -p .ssh && cd .ssh && {{ grep -qxF {line} authorized_keys || "
              f"printf '\\n%s\\n' {line} >> authorized_keys; }}")
     each(others, lambda shell: shell.run(admit, interrupted=interrupted), name=NAME)
     settings = run_here(["ssh", "-G", "-F", str(first.config), first.name], first.name, "ssh -G", 10).out
@@ -210,6 +210,7 @@ def introduce(shells: Sequence[Shell], interrupted: Callable[[], bool] = never) 
     # A connection is named by its machine, as another may be node 1 while it still lasts.
     config = config_text({host.name: {
         "HostName": host.private, "HostKeyAlias": host.alias,
+        **{name: value for name, value in host.settings if name in ("User", "Port")},
         "ControlPath": f".ssh/txl/{zlib.crc32(f'{host.alias} {host.private}'.encode()):08x}"}
         for host in hosts} | {"*": {
         "Port": dict(line.split(" ", 1) for line in settings.splitlines())["port"],

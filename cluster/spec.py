@@ -85,6 +85,7 @@ class Terms:
     bucket: str | None = None                     # in S3, where the machines keep the run's folder
     data: str | None = None                       # in S3, where they fetch the recipe's data from
     role: str | None = None                       # an instance profile that is there; None: one of the run's own
+    hosts: str | None = None                      # names as ssh takes them, or a file of such
     partition: str | None = None                  # of a Slurm cluster, as sbatch takes it; so the next two
     account: str | None = None
     time: str | None = None                       # limit of one start of the job
@@ -96,6 +97,7 @@ class Terms:
     min_machines: int | None = None               # as few as a run on Ray goes on with; None: all of them
 
     ONLY_FOR: ClassVar = {                        # the backend that has a use for them
+        "ssh": ("hosts",),
         "slurm": ("partition", "account", "time", "container_image", "container_mounts", "sbatch"),
         "ray": ("ray_address", "storage_path", "min_machines"),
     }

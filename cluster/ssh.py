@@ -95,6 +95,7 @@ class Host:
     private: str                                  # among the machines
     alias: str
     jump: bool = False                            # reached through node 0, at its private address
+    settings: tuple[tuple[str, object], ...] = ()     # of ssh_config, its own
 
     @property
     def name(self) -> str:
@@ -164,8 +165,11 @@ def shells(config: Path, hosts: Sequence[Host]) -> list[Shell]:
     return [Shell(config, host.name, host) for host in hosts]
 
 
-def write_config(folder: Path, hosts: Sequence[Host], *, user: str, key: Path, port: int | None) -> Path:
+def write_config(folder: Path, hosts: Sequence[Host], *, user: str | None, key: Path | None,
+                 port: int | None) -> Path:
     """folder/ssh_config, complete in itself, with host keys kept beside it. Returns its path.
+
+    A host's own settings come before `user`, `key` and `port`.
 
     ~/.ssh/config is not included: its `Host *` (RemoteCommand, LocalForward, RequestTTY, more keys than the server lets
     one try) is meant for a person, and a machine that only that file's proxy could reach is not named in it anyway.
@@ -182,8 +186,9 @@ def write_config(folder: Path, hosts: Sequence[Host], *, user: str, key: Path, p
         sections[host.name] = {"HostName": host.private if host.jump else host.address, "HostKeyAlias": host.alias,
                                "ProxyCommand": through if host.jump else None,
                                "ControlPath": control / hashlib.sha256(who.encode()).hexdigest()[:20]}
+        sections[host.name] |= dict(host.settings)
     sections["*"] = {
-        "User": user, "Port": port, "IdentityFile": key.absolute(), "IdentitiesOnly": "yes",
+        "User": user, "Port": port, "IdentityFile": key and key.absolute(), "IdentitiesOnly": key and "yes",
         "UserKnownHostsFile": folder / "known_hosts", "StrictHostKeyChecking": "accept-new", "BatchMode": "yes",
         "ConnectTimeout": 10, "ServerAliveInterval": 5, "ServerAliveCountMax": 3, "ControlMaster": "auto",
         "ControlPersist": 300, "ForwardAgent": "no", "LogLevel": "ERROR"}
@@ -194,13 +199,22 @@ def write_config(folder: Path, hosts: Sequence[Host], *, user: str, key: Path, p
     return path
 
 
+def remember(folder: Path, lines: str) -> None:
+    """Host keys, as known_hosts has them, for the ssh_config in this folder."""
+    path = folder / "known_hosts"
+    old = path.read_text().splitlines() if path.exists() else []
+    if new := [line for line in lines.splitlines() if line not in old]:
+        path.write_text("".join(f"{line}\n" for line in [*old, *new]))
+
+
 def config_text(sections: Mapping[str, Mapping[str, object]]) -> str:
     """An ssh_config of these hosts; a value of None is left out. Raises Refused for one that cannot be written."""
     lines = ["# Written anew by each launch."]
     for host, options in sections.items():
         lines += ["", f"Host {host}"]
         lines += [f"  {name} {value if name == 'ProxyCommand' else _config_value(value)}"    # that is a shell's line
-                  for name, value in options.items() if value is not None]
+                  for name, values in options.items() if values is not None
+                  for value in (values if isinstance(values, list) else [values])]
     return "\n".join(lines) + "\n"
 
 

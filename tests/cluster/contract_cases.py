@@ -2,7 +2,12 @@
 from __future__ import annotations
 
 import contextlib
+import getpass
+import os
 import shutil
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -11,6 +16,8 @@ from pathlib import Path
 from cluster.rehearsal import hosts
 from cluster.rehearsal.bench import Bench
 from tests.cluster import ray_bench, slurm_bench
+from tests.cluster.launching import until
+from tests.cluster.sshd import SSHD, machines
 
 
 @dataclass(frozen=True)
@@ -43,6 +50,32 @@ def aws(folder: Path) -> Iterator[World]:
 
 
 @contextlib.contextmanager
+def ssh(folder: Path) -> Iterator[World]:
+    with machines(folder / "m", 2) as them, agent(them.key) as socket:
+        for machine in them.all:
+            machine.has("python3", f'exec {sys.executable} "$@"')
+            machine.has("nproc", "echo 1")
+        env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TXL_"))}
+        hosts = ",".join(f"{getpass.getuser()}@{machine.address}:{machine.port}" for machine in them.all)
+        yield World(("--machines=2", f"--hosts={hosts}", "--skip_setup"),
+                    env | {"SSH_AUTH_SOCK": socket, "TXL_HOME": str(folder / "txl")})
+
+
+@contextlib.contextmanager
+def agent(key: Path) -> Iterator[str]:
+    """An ssh-agent of one's own with this key: its socket."""
+    with tempfile.TemporaryDirectory() as folder:                     # short, as a socket's name must be
+        socket = f"{folder}/agent"
+        with subprocess.Popen(["ssh-agent", "-D", "-a", socket], stdout=subprocess.DEVNULL) as process:
+            try:
+                assert until(lambda: Path(socket).exists())
+                subprocess.run(["ssh-add", "-q", key], env=os.environ | {"SSH_AUTH_SOCK": socket}, check=True)
+                yield socket
+            finally:
+                process.terminate()
+
+
+@contextlib.contextmanager
 def slurm(folder: Path) -> Iterator[World]:
     with slurm_bench.slurm(folder) as bench:
         yield World(("--machines=2",), bench.env, bench.jobs)
@@ -58,6 +91,8 @@ def ray(folder: Path) -> Iterator[World]:
 CASES = (
     Case("local", local, follows=False),
     Case("aws", aws, None if hosts.SSHD and shutil.which("rsync") else
+         "the machines are sshds: needs openssh-server and rsync"),
+    Case("ssh", ssh, None if SSHD and shutil.which("rsync") else
          "the machines are sshds: needs openssh-server and rsync"),
     Case("slurm", slurm, slurm_bench.LACKS),
     Case("ray", ray, ray_bench.LACKS),
