@@ -9,13 +9,13 @@ import contextlib
 import re
 import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from cluster import ssh
 from cluster.backends import Watch, Wish
 from cluster.deliver import HOME
-from cluster.journal import Journal
+from cluster.journal import Journal, home
 from cluster.outfit import Ground, Outfit, node_command
 from cluster.plan import Layout, Node, Plan
 from cluster.remote import RemoteJob
@@ -121,7 +121,8 @@ def apply(plan: Plan, watch: Watch) -> RemoteJob:
         try:
             launch = outfit.at_work()
             if launch is None:
-                journal.note(HOSTED, names=[x.name for x in machines])
+                journal.note(HOSTED, names=[x.name for x in machines],
+                             hosts=[asdict(shell.host) for shell in shells if shell.host])
                 launch = outfit.start()
         except BaseException as error:
             ended(shells, plan)
@@ -132,6 +133,17 @@ def apply(plan: Plan, watch: Watch) -> RemoteJob:
                 raise Broken(f"{error}\nNothing trains there. Once it is mended, the same command goes on.") from error
             raise
     return RemoteJob(plan.run_dir, shells, launch, watch, tensorboard=plan.tensorboard)
+
+
+def hosted(run: str) -> list[Shell]:
+    """The machines that the run was started on last, where those were of this backend."""
+    if not re.fullmatch(r"[\w.-]+", run) or not (home() / "clusters" / run).exists():
+        return []
+    journal = Journal(run)
+    notes = sorted([*journal.notes(HOSTED), *journal.notes("launched")], key=lambda note: note["at"])
+    hosts = [Host(**of | {"settings": tuple(map(tuple, of["settings"]))})
+             for of in (notes[-1].get("hosts", []) if notes else [])]
+    return ssh.shells(journal.folder / "ssh_config", hosts)
 
 
 def parsed(hosts: str | None) -> list[tuple[str, str | None]]:

@@ -19,7 +19,8 @@ from cluster import doors
 from cluster import ssh as openssh
 from cluster.ec2 import CallFailed, Cloud
 from cluster.follow import FAILED, FINISHED
-from cluster.journal import Journal, home
+from cluster.hosts import hosted
+from cluster.journal import Journal, home, owner_name
 from cluster.local import free_port
 from cluster.remote import board_port
 from cluster.run import Refused, agree
@@ -101,24 +102,29 @@ def status(words: Sequence[str], flags: To) -> int:
                                     f'"${{TXL_ROOT:-}}/var/lib/txl/deadline.json"').out)
 
     answers = {shell.name: answer for shell, answer in zip(shells, _asked(shells, look))}
-    for x in found.machines:
-        said = answers.get(f"node-{x.node}", f"it is {x.state}")
-        print(f"node-{x.node} {x.id}: "
-              + (node_text(*said) if isinstance(said, list) else getattr(said, "reason", str(said))))
+    where = {f"node-{x.node}": (x.id, x.state) for x in found.machines} or {
+        shell.name: (shell.host.address, "") for shell in shells if shell.host}
+    for name, (id, state) in where.items():
+        said = answers.get(name, f"it is {state}")
+        print(f"{name} {id}: " + (node_text(*said, guarded=bool(found.machines)) if isinstance(said, list) else
+                                  getattr(said, "reason", str(said))))
     first = answers.get("node-0")
     if isinstance(first, list):
         print(f"training: {training_text(first[1] or {})}")
     return FINISHED if all(isinstance(answer, list) for answer in answers.values()) else FAILED
 
 
-def node_text(node: Mapping[str, Any] | None, training: object, deadline: Mapping[str, Any] | None, now: float) -> str:
-    """A machine in a line, from its nodes/I.json and deadline.json at its own time `now`."""
+def node_text(node: Mapping[str, Any] | None, training: object, deadline: Mapping[str, Any] | None, now: float, *,
+              guarded: bool = True) -> str:
+    """A machine in a line, from its nodes/I.json and, where it must be `guarded`, deadline.json at its own `now`."""
     if not node:
         doing = "no supervisor"
     elif node["state"] == "ended":
         doing = f"ended with status {node['status']}, {span(now - node['at'])} ago"
     else:
         doing = f"{node['state']}, last heard {now - node['at']:.0f} s ago"
+    if not guarded:
+        return doing
     return f"{doing}; " + (f"powers itself off in {span(deadline['in_s'])} as things stand ({deadline['why']})"
                            if deadline else "NO WATCHDOG answers for its end")
 
@@ -245,7 +251,12 @@ def tensorboard(words: Sequence[str], flags: To) -> int:
 
 
 def connect(words: Sequence[str], flags: To) -> tuple[Cluster, list[Shell]]:
-    """This user's cluster, and its running machines. Raises Refused and CallFailed."""
+    """This user's cluster, and its running machines; no machine of AWS where a run was started on hosts that exist.
+
+    Raises Refused and CallFailed.
+    """
+    if words and (shells := hosted(words[0])):
+        return Cluster(words[0], owner_name(), ()), shells
     cloud = Cloud(flags.region)
     found = one_cluster(cloud, words)
     return found, shells_of(cloud, found, flags.ssh_user)
@@ -275,6 +286,8 @@ def one(shells: Sequence[Shell], node: int) -> Shell:
 
 def cluster_or_run(name: str | None, flags: To) -> tuple[Cluster, list[Shell]] | Path:
     """A run's machines, or its folder here where it has none: of this name first, then with it in theirs."""
+    if name and (shells := hosted(name)):
+        return Cluster(name, owner_name(), ()), shells
     folders = [path for path in Path("runs").glob("*/recipe.json") if name in (None, path.parent.name)]
     here = max(folders, key=lambda path: path.stat().st_mtime).parent if folders else None
     try:

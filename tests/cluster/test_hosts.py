@@ -5,11 +5,12 @@ import fcntl
 import getpass
 import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from cluster import hosts, run
+from cluster.__main__ import main
 from cluster.backends import Wish
 from cluster.hosts import Machine
 from cluster.run import Refused
@@ -196,7 +197,7 @@ def test_a_run_that_trains_there_is_not_disturbed_by_another(trio, three):
 def test_a_run_that_may_train_on_other_machines_is_not_begun_again_on_these(trio, three):
     put(trio[0].home, {"txl/cluster/host/supervisor.py": "", "txl/runs/mine/nodes/0.lock": "L"})
     hosts.survey(wish(1, three[0]))[0].shell.close()
-    hosts.Journal("mine").note(hosts.HOSTED, names=[three[0]])
+    hosts.Journal("mine").note(hosts.HOSTED, names=[three[0]], hosts=[])
     with open(trio[0].home / "txl/runs/mine/nodes/0.lock") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(Refused, match=rf"mine trains on {three[0]}.*\n.*--hosts={three[0]}\n"):
@@ -222,3 +223,24 @@ def test_who_cannot_be_reached_without_a_question_is_named(three):
 def test_as_many_machines_are_wanted_as_the_config_has():
     with pytest.raises(Refused, match=r"--hosts names 2 machine\(s\), and the config is for 1\. .* --machines=2"):
         hosts.survey(wish(1, "a", "b"))
+
+
+@needs_sshd
+def test_the_verbs_find_the_machines_that_a_run_was_started_on(trio, three, tmp_path, capfd):
+    found = hosts.survey(wish(2, *three[:2]))
+    hosts.Journal("mine").note(hosts.HOSTED, names=three[:2], hosts=[asdict(x.shell.host) for x in found])
+    for i, machine in enumerate(trio.all[:2]):
+        put(machine.home, {f"txl/runs/mine/logs/rank-{i}.log": f"I am rank {i}\n", "txl/runs/mine/nodes/x": ""})
+    for rank in (0, 1):
+        assert main(["logs", "mine", f"--rank={rank}"]) == 0
+        assert capfd.readouterr().out == f"I am rank {rank}\n"
+    assert main(["status", "mine"]) == 0
+    assert capfd.readouterr().out.splitlines()[:2] == [
+        f"node-{i} {machine.address}: no supervisor" for i, machine in enumerate(trio.all[:2])]
+    put(tmp_path, {"notes/a": "b"})
+    assert main(["sync", "mine", str(tmp_path / "notes"), "kept"]) == 0
+    assert [(machine.home / "kept/a").exists() for machine in trio.all] == [True, True, False]
+    for machine in trio.all[:2]:
+        shutil.rmtree(machine.home / "kept")
+    for x in found:
+        x.shell.close()
