@@ -3,17 +3,16 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.cluster.launching import needs_machines
+
 CHECKOUT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    not (shutil.which("sshd") or Path("/usr/sbin/sshd").exists()) or not shutil.which("rsync"),
-    reason="a rehearsal's machines are sshds: needs openssh-server and rsync")]
+pytestmark = [pytest.mark.slow, needs_machines]
 
 
 def rehearsed(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster.rehearsal import hosts, keeper
+from cluster.rehearsal import keeper, sshd
 from cluster.rehearsal.hosts import Facts, Hosts
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Bench:
 
     def __enter__(self) -> Bench:
         """Raises RuntimeError where something it needs is not installed."""
-        missing = [name for name in NEEDS if not (hosts.SSHD if name == "sshd" else shutil.which(name))]
+        missing = [name for name in NEEDS if not (sshd.SSHD if name == "sshd" else shutil.which(name))]
         if missing:
             raise RuntimeError(f"A rehearsal needs {', '.join(missing)}:  "
                                f"apt-get install openssh-server openssh-client rsync")
@@ -78,7 +78,7 @@ class Bench:
     @property
     def user(self) -> str:
         """Whom to log in as on every machine."""
-        return hosts.user()
+        return sshd.user()
 
     @property
     def env(self) -> dict[str, str]:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import email
-import getpass
 import json
 import math
 import os
 import re
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,12 +24,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.rehearsal import keeper
+from cluster.rehearsal import keeper, sshd
 
 if TYPE_CHECKING:
     from cluster.rehearsal.world import Machine
 
-SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 BOOT_S = 30                                       # the most that a boot hook may take
 TICK_S = 0.2                                      # of a machine's watchdog: it notices time travel soon
 POLL_S = 0.02
@@ -97,7 +94,7 @@ class Host:
         """The same for user-data and for whoever logs in. No GPU of this machine is the host's."""
         path = [str(self.root / "bin"), os.path.dirname(sys.executable), "/usr/local/bin", "/usr/bin", "/bin",
                 "/usr/local/sbin", "/usr/sbin", "/sbin"]
-        return {"HOME": str(self.home), "PATH": os.pathsep.join(path), "USER": user(), "LOGNAME": user(),
+        return {"HOME": str(self.home), "PATH": os.pathsep.join(path), "USER": sshd.user(), "LOGNAME": sshd.user(),
                 "SHELL": "/bin/bash", "LANG": "C.UTF-8", "TMPDIR": str(self._tmp), "TMUX_TMPDIR": str(self._tmp),
                 "CUDA_VISIBLE_DEVICES": "", "TXL_ROOT": str(self.root), "TXL_HOST": self.id,
                 **self._env}
@@ -198,18 +195,10 @@ class Host:
 
     def _answer(self) -> None:
         key = self.root / "etc/host_key"
-        if self.knobs.new_host_key:
-            key.unlink(missing_ok=True)
-        if not key.exists():
-            key.with_suffix(".pub").unlink(missing_ok=True)
-            subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", self.id, "-f", key], check=True,
-                           timeout=BOOT_S)
+        if self.knobs.new_host_key or not key.exists():
+            sshd.new_key(key, self.id)
         self._configure()
-        if os.getuid() == 0:
-            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)           # its privilege separation insists
-        with open(self.root / "var/log/sshd.log", "ab") as log:
-            self._sshd = subprocess.Popen([SSHD or "sshd", "-D", "-e", "-f", self._config], stdin=subprocess.DEVNULL,
-                                          stdout=log, stderr=log, env=self.environment, start_new_session=True)
+        self._sshd = sshd.start(self._config, self.root / "var/log/sshd.log", self.environment)
         deadline = time.monotonic() + BOOT_S
         while self._sshd.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection((self.addresses[0], self._port), 1):
@@ -234,13 +223,8 @@ class Host:
         return self.root / "etc/sshd_config"
 
     def _configure(self) -> None:
-        lines = [f"ListenAddress {address}:{self._port}" for address in self.addresses] + [
-            f'HostKey "{self.root}/etc/host_key"', f'AuthorizedKeysFile "{self.home}/.ssh/authorized_keys"',
-            f"ForceCommand {shlex.quote(str(self.root / 'etc/enter'))}", "PidFile none", "StrictModes no", "UsePAM no",
-            "PasswordAuthentication no", "KbdInteractiveAuthentication no", "PermitRootLogin yes", "MaxStartups 100",
-            "LogLevel VERBOSE", "PrintMotd no",
-            "SetEnv SHLVL=2"]                     # else bash reads the ~/.bashrc of whoever rehearses
-        self._config.write_text("\n".join(lines) + "\n")
+        sshd.configure(self._config, self.addresses, self._port, key=self.root / "etc/host_key",
+                       authorized_keys=self.home / ".ssh/authorized_keys", enter=self.root / "etc/enter")
 
     def _words(self) -> str:
         return shlex.join(f"{name}={value}" for name, value in self.environment.items())
@@ -251,7 +235,7 @@ class Hosts:
     next, in the order of launch; when it is empty they are as they should be."""
 
     def __init__(self, folder: Path, tmp: Path, facts: Callable[[str], Facts]):
-        self.port, self.next, self.all = _free_port(), list[Knobs](), dict[str, Host]()
+        self.port, self.next, self.all = sshd.free_port(), list[Knobs](), dict[str, Host]()
         self.aws = ""                             # address of what stands for AWS; set before there are machines
         self._folder, self._tmp, self._facts = folder, tmp, facts
 
@@ -292,11 +276,6 @@ class Hosts:
         for id, host in list(self.all.items()):
             if wish := host.asked():
                 yield id, wish
-
-
-def user() -> str:
-    """Whom to log in as: an sshd that is not root's lets nobody else in."""
-    return getpass.getuser()
 
 
 def _user_data(text: str, public_key: str) -> tuple[str | None, list[str]]:
@@ -402,9 +381,3 @@ done
 def _script(path: Path, text: str) -> None:
     path.write_text(f"#!/bin/sh\n{text}")
     path.chmod(0o755)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:             # of all addresses, so of each host's
-        listener.bind(("", 0))
-        return listener.getsockname()[1]

@@ -2,9 +2,7 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -13,11 +11,11 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.rehearsal import hosts
 from cluster.rehearsal.bench import Bench
-from tests.cluster import ray_bench, slurm_bench
+from cluster.rehearsal.sshd import user
+from tests.cluster import launching, ray_bench, slurm_bench
 from tests.cluster.launching import until
-from tests.cluster.sshd import SSHD, machines
+from tests.cluster.sshd import machines
 
 
 @dataclass(frozen=True)
@@ -56,7 +54,7 @@ def ssh(folder: Path) -> Iterator[World]:
             machine.has("python3", f'exec {sys.executable} "$@"')
             machine.has("nproc", "echo 1")
         env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TXL_"))}
-        hosts = ",".join(f"{getpass.getuser()}@{machine.address}:{machine.port}" for machine in them.all)
+        hosts = ",".join(f"{user()}@{machine.address}:{machine.port}" for machine in them.all)
         yield World(("--machines=2", f"--hosts={hosts}", "--skip_setup"),
                     env | {"SSH_AUTH_SOCK": socket, "TXL_HOME": str(folder / "txl")})
 
@@ -90,10 +88,8 @@ def ray(folder: Path) -> Iterator[World]:
 
 CASES = (
     Case("local", local, follows=False),
-    Case("aws", aws, None if hosts.SSHD and shutil.which("rsync") else
-         "the machines are sshds: needs openssh-server and rsync"),
-    Case("ssh", ssh, None if SSHD and shutil.which("rsync") else
-         "the machines are sshds: needs openssh-server and rsync"),
+    Case("aws", aws, launching.LACKS),
+    Case("ssh", ssh, launching.LACKS),
     Case("slurm", slurm, slurm_bench.LACKS),
     Case("ray", ray, ray_bench.LACKS),
 )

@@ -14,14 +14,14 @@ import pytest
 import launch
 from cluster import aws
 from cluster.plan import Plan
-from cluster.rehearsal import hosts
 from cluster.rehearsal.bench import Bench
+from cluster.rehearsal.sshd import SSHD
 from cluster.run import Stopped
 from engine.cli import parse
 
 SETTLE_S = 10                                     # for a machine that has just booted to start its watchdog
-needs_machines = pytest.mark.skipif(not hosts.SSHD or not shutil.which("rsync"),
-                                    reason="the machines are sshds: needs openssh-server and rsync")
+LACKS = None if SSHD and shutil.which("rsync") else "the machines are sshds: needs openssh-server and rsync"
+needs_machines = pytest.mark.skipif(LACKS is not None, reason=str(LACKS))
 
 
 class Person:

@@ -21,18 +21,19 @@ from pathlib import Path
 import pytest
 
 from cluster import ssh
+from cluster.rehearsal import sshd
+from cluster.rehearsal.sshd import SSHD
 from cluster.ssh import Host, Shell
 
-SSHD = shutil.which("sshd", path=os.environ.get("PATH", "") + ":/usr/sbin:/usr/local/sbin")
 BARE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))      # not the environment's
 needs_sshd = pytest.mark.skipif(not all([SSHD, shutil.which("ssh"), shutil.which("ssh-keygen"), shutil.which("rsync")]),
                                 reason="needs sshd, ssh, ssh-keygen and rsync")
 
 
 class Machine:
-    """One sshd; `folder` has its home/, root/ (TXL_ROOT), bin/ and log."""
+    """One sshd; `folder` has its home/, root/ (TXL_ROOT), bin/ and log. `private`: where other machines reach it."""
 
-    def __init__(self, folder: Path, address: str, port: int, authorized: str):
+    def __init__(self, folder: Path, address: str, port: int, authorized: str, *private: str):
         self.folder, self.address, self.port = folder, address, port
         self.home, self.root, self.bin = (folder / name for name in ("home", "root", "bin"))
         for path in (self.home / ".ssh", self.root / "var/lib/txl/lease", self.bin):
@@ -49,12 +50,8 @@ class Machine:
             "cd",
             'exec sh -c "${SSH_ORIGINAL_COMMAND:-sh}"\n']))
         login.chmod(0o755)
-        (folder / "config").write_text("\n".join([
-            f"Port {port}", f"ListenAddress {address}", f"HostKey {folder}/host_key", "PidFile none", "UsePAM no",
-            "StrictModes no", f"AuthorizedKeysFile {self.authorized_keys}", f"ForceCommand {login}",
-            "PasswordAuthentication no", "KbdInteractiveAuthentication no", "PermitRootLogin yes", "LogLevel VERBOSE",
-            "MaxStartups 100",
-            "SetEnv SHLVL=2\n"]))                 # else bash reads the ~/.bashrc of whoever runs the tests
+        sshd.configure(folder / "config", [address, *private], port, key=folder / "host_key",
+                       authorized_keys=self.authorized_keys, enter=login)
         self.process: subprocess.Popen | None = None
 
     @property
@@ -70,9 +67,7 @@ class Machine:
         return self.log.count("Accepted publickey")
 
     def new_host_key(self) -> None:
-        for name in ("host_key", "host_key.pub"):
-            (self.folder / name).unlink(missing_ok=True)
-        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.folder / "host_key"], check=True)
+        sshd.new_key(self.folder / "host_key")
 
     def restart_listener_with_new_host_key(self) -> None:
         """Connections that are open stay open."""
@@ -88,13 +83,10 @@ class Machine:
         (self.bin / name).chmod(0o755)
 
     def start(self) -> None:
-        assert SSHD is not None
-        if os.getuid() == 0:
-            Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)       # sshd's privilege separation insists
-        with open(self.folder / "log", "ab") as log:
-            before = self.log.count("Server listening")
-            self.process = subprocess.Popen([SSHD, "-D", "-e", "-f", self.folder / "config"], stderr=log,
-                                            stdin=subprocess.DEVNULL, start_new_session=True)
+        log = self.folder / "log"
+        log.touch()
+        before = self.log.count("Server listening")
+        self.process = sshd.start(self.folder / "config", log)
         deadline = time.monotonic() + 10
         while self.log.count("Server listening") == before:
             assert self.process.poll() is None, self.log
@@ -141,7 +133,7 @@ class Machines:
     def __init__(self, folder: Path, count: int):
         laptop = folder / "a laptop's \"100%\""                            # what ssh_config must quote
         self.key = ssh.key(laptop)
-        self.port = free_port()
+        self.port = sshd.free_port()
         authorized = self.key.with_suffix(".pub").read_text()
         self.all = [Machine(folder / f"machine-{i}", f"127.77.0.{i + 1}", self.port, authorized) for i in range(count)]
         self.hosts = [Host(i, machine.address, machine.address, f"i-{i:08x}") for i, machine in enumerate(self.all)]
@@ -149,7 +141,7 @@ class Machines:
         self.shells = self.shells_to(self.hosts)
 
     def shells_to(self, hosts: list[Host]) -> list[Shell]:
-        config = ssh.write_config(self.folder, hosts, user=_user(), key=self.key, port=self.port)
+        config = ssh.write_config(self.folder, hosts, user=sshd.user(), key=self.key, port=self.port)
         return ssh.shells(config, hosts)
 
     def __getitem__(self, i: int) -> Machine:
@@ -209,30 +201,6 @@ def _descendants(pid: int) -> list[int]:
         todo += (mine := children.get(todo.pop(), []))
         found += mine
     return found
-
-
-def _user() -> str:
-    return subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-
-
-def free_port() -> int:
-    """Free on every loopback address at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("0.0.0.0", 0))
-        return listener.getsockname()[1]
-
-
-@contextlib.contextmanager
-def small_disk(at: Path, options: str) -> Iterator[None]:
-    """A file system of its own at a folder. Skips where that is not allowed."""
-    at.mkdir(parents=True, exist_ok=True)
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "small", at], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk: {mounted.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", "-l", at], check=True)
 
 
 def put(root: Path, files: dict[str, str]) -> None:

@@ -18,6 +18,7 @@ import pytest
 from cluster import boot
 from cluster.boot import Limits, user_data
 from cluster.host import watchdog
+from cluster.rehearsal import keeper
 from tests.waiting import until
 
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIJ4mYv me@laptop"
@@ -57,23 +58,14 @@ class Machine:
 
     def pids(self, word: str) -> list[int]:
         """Of living processes of this machine whose command line has the word."""
-        found = []
-        for proc in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                mine = f"TXL_ROOT={self.root}".encode() in (proc / "environ").read_bytes().split(b"\0")
-                if mine and word.encode() in (proc / "cmdline").read_bytes():
-                    found.append(int(proc.name))
-        return found
+        return [pid for pid in keeper.processes(self.root) if word.encode() in keeper.command(pid)]
 
 
 @pytest.fixture
 def machine(tmp_path):
     m = Machine(tmp_path)
     yield m
-    while pids := m.pids(""):
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    keeper.end(m.root)
 
 
 def test_it_is_a_script_for_every_boot_and_a_key_of_who_may_log_in():

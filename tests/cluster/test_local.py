@@ -20,7 +20,7 @@ from cluster.run import NEW, Broken, Refused, Standing
 from cluster.spec import Config, Terms
 from configs import tiny
 from engine.values import override
-from tests.waiting import until
+from tests.waiting import alive, until
 
 SLEEPS = "import time; print('here', flush=True); time.sleep(60)"
 ENDS = "print('done')"
@@ -56,10 +56,6 @@ def jobs(tmp_path, monkeypatch):
 
 def ended(job) -> tuple[int, ...]:
     return until(job.poll)
-
-
-def alive(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").exists() and Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"
 
 
 def test_each_node_has_its_environment_its_log_and_its_exit_status(jobs):

@@ -19,12 +19,14 @@ from cluster.backends import LOST
 from cluster.follow import failure, unlogged
 from cluster.plan import torchrun
 from cluster.rehearsal import keeper
+from cluster.rehearsal.sshd import free_port
 from cluster.remote import RemoteJob, board_port
 from cluster.run import Broken
 from configs import tiny
 from engine.values import override, to_json
 from tests.cluster.launching import Person, until
-from tests.cluster.sshd import free_port, needs_sshd, put, small_disk
+from tests.cluster.sshd import needs_sshd, put
+from tests.disks import small_disk
 
 CHECKOUT = Path(__file__).parents[2]
 NAME = f"r{os.getpid()}"                          # of TensorBoard's port, which all machines share

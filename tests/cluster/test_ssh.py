@@ -1,7 +1,6 @@
 """Commands and copies over real connections, to sshds on loopback."""
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import signal
@@ -20,28 +19,17 @@ from cluster import ssh
 from cluster.run import Refused
 from cluster.ssh import Denied, Failed, Host, Interrupted, Shell, SomeFailed, TimedOut, Trouble, Unreachable, WrongHost
 from tests.cluster.sshd import machines, needs_sshd
-from tests.waiting import until
+from tests.disks import small_disk
+from tests.waiting import alive, until
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 pytestmark = needs_sshd
-
-
-@pytest.fixture(scope="module")
-def trio(tmp_path_factory):
-    with machines(tmp_path_factory.mktemp("machines"), 3) as them:
-        yield them
 
 
 @pytest.fixture
 def one(tmp_path):
     with machines(tmp_path, 1) as them:
         yield them
-
-
-def alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
 
 
 def pid_in(path: Path) -> int:
@@ -246,18 +234,13 @@ def test_names_go_both_ways_as_they_are(trio, tmp_path):
 
 def test_a_full_disk_there_is_said(trio, tmp_path):
     small = trio[0].home / "small"
-    small.mkdir()
-    if os.getuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], check=False).returncode:
-        pytest.skip("a small disk needs root, and the right to mount")
-    try:
+    with small_disk(small, "size=1m"):
         (tmp_path / "big").write_bytes(os.urandom(3_000_000))
         with pytest.raises(Failed, match=r"node-0: .*No space left on device.*\(rsync 11\)"):
             trio.shells[0].put(tmp_path / "big", "small/")
         subprocess.run(["mount", "-o", "remount,ro", small], check=True)
         with pytest.raises(Failed, match=r"node-0: .*Read-only file system"):
             trio.shells[0].put(CHECKOUT / "Makefile", "small/")
-    finally:
-        subprocess.run(["umount", small], check=True)
 
 
 def test_a_tunnel_is_open_when_it_is_returned_and_gone_with_its_handle(trio):

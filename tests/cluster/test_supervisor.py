@@ -17,6 +17,8 @@ import pytest
 
 from cluster import run
 from cluster.host import supervisor
+from cluster.rehearsal import keeper
+from tests.disks import fill, small_disk
 from tests.waiting import until
 
 SOURCE = supervisor.__file__
@@ -68,13 +70,7 @@ class Node:
 
     def alive(self, word: str) -> list[int]:
         """Processes of this machine whose command line has the word."""
-        found = []
-        for proc in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                mine = f"TXL_ROOT={self.home}".encode() in (proc / "environ").read_bytes().split(b"\0")
-                if mine and word.encode() in (proc / "cmdline").read_bytes():
-                    found.append(int(proc.name))
-        return found
+        return [pid for pid in keeper.processes(self.home) if word.encode() in keeper.command(pid)]
 
 
 class Clock:
@@ -93,7 +89,7 @@ class Clock:
 def node(tmp_path):
     n = Node(tmp_path)
     yield n
-    until(lambda: not [_kill(pid) for pid in n.alive("")])
+    keeper.end(n.home)
     for process in n.started:
         process.wait()
         process.stdout.close()
@@ -382,17 +378,11 @@ def test_a_mirror_that_moves_nothing_is_not_waited_for_for_ever(node, monkeypatc
 
 
 def test_a_full_disk_ends_no_training_and_its_end_is_told(tmp_path):
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount the small disk that is to be full")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "small", str(tmp_path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk to fill: {mounted.stderr.decode().strip()}")
-    try:
+    with small_disk(tmp_path, "size=128k"):
         node = Node(tmp_path)
         process = node.starts("echo here; while [ ! -e go ]; do sleep 0.05; done")
         node.logs("here")
-        subprocess.run(["dd", "if=/dev/zero", f"of={tmp_path}/ballast", "bs=512"], capture_output=True)
-        assert shutil.disk_usage(tmp_path).free == 0
+        fill(tmp_path)
         beat = node.told["beat"]
         until(lambda: node.told["beat"] >= beat + 2)
         os.mkfifo(tmp_path / "go")                                    # an entry of no blocks
@@ -400,5 +390,3 @@ def test_a_full_disk_ends_no_training_and_its_end_is_told(tmp_path):
         assert (node.told["state"], node.told["status"]) == ("ended", 0)
         assert json.loads((node.lease / "run").read_text())["state"] == "succeeded"
         process.stdout.close()
-    finally:
-        subprocess.run(["umount", "-l", str(tmp_path)], check=True)

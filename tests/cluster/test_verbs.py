@@ -29,11 +29,13 @@ from cluster import deliver, doors, ec2, ssh, verbs, verbs_mosh, verbs_ssh, verb
 from cluster.__main__ import VERBS, main, split
 from cluster.ec2 import Cloud, Instance, Thing
 from cluster.journal import Journal, home, owner_name
+from cluster.rehearsal import sshd
 from cluster.rehearsal.ec2 import StrictEc2
 from cluster.run import Refused
 from cluster.stacks import stack_for
 from cluster.verbs_lists import Cluster, Doomed, choose, doomed, hosts_text, loud, ls_text
-from tests.cluster.sshd import Machine, free_port, needs_sshd
+from tests.cluster.sshd import Machine, needs_sshd
+from tests.waiting import until
 
 CHECKOUT = Path(__file__).parents[2]
 POLICY = CHECKOUT / "docs/iam_policy.json"
@@ -377,19 +379,16 @@ def test_an_empty_list_of_prices_is_not_kept(bench, capsys, monkeypatch):
 @pytest.fixture
 def two(bench, tmp_path, monkeypatch):
     """A cluster of two whose machines are sshds, with a run that has written what runs write."""
-    there, port = launched(bench, "one", 2), free_port()
+    there, port = launched(bench, "one", 2), sshd.free_port()
     monkeypatch.setenv("TXL_SSH_PORT", str(port))
     authorized = ssh.key(home()).with_suffix(".pub").read_text()
-    hosts = [Machine(tmp_path / f"machine-{x.node}", x.public or "", port, authorized) for x in there]
+    hosts = [Machine(tmp_path / f"machine-{x.node}", x.public or "", port, authorized, x.private) for x in there]
     try:
-        for host, x in zip(hosts, there):
-            with open(host.folder / "config", "a") as config:     # where the other machine reaches it
-                config.write(f"ListenAddress {x.private}\n")
+        for host in hosts:
             host.start()
             (host.home / "txl/runs/one/logs").mkdir(parents=True)
             (host.home / "txl/runs/one/nodes").mkdir()
-        user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
-        yield SimpleNamespace(hosts=hosts, user=f"--ssh_user={user}")
+        yield SimpleNamespace(hosts=hosts, user=f"--ssh_user={sshd.user()}")
         for x in there:
             ssh.Shell(Journal("one").folder / "ssh_config", f"node-{x.node}").close()
     finally:
@@ -803,10 +802,3 @@ class typing:
             return False
         self.seen += said
         return bool(said)
-
-
-def until(holds) -> None:
-    deadline = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(.05)

@@ -16,6 +16,7 @@ import pytest
 
 from cluster.host import watchdog
 from cluster.host.watchdog import State, Watchdog, due
+from tests.disks import fill, small_disk
 from tests.waiting import until
 
 HOUR = 3600
@@ -77,20 +78,9 @@ def machine(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small_disk(tmp_path):
-    """A file system of its own over tmp_path, of 64 KiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount the small disk that is to be full")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "small", str(tmp_path)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small disk to fill: {mounted.stderr.decode().strip()}")
-    yield tmp_path
-    subprocess.run(["umount", "-l", str(tmp_path)], check=True)
-
-
-def fill(folder: Path):
-    subprocess.run(["dd", "if=/dev/zero", f"of={folder}/ballast", "bs=512"], capture_output=True)
-    assert shutil.disk_usage(folder).free == 0
+def disk(tmp_path):
+    with small_disk(tmp_path, "size=64k"):
+        yield tmp_path
 
 
 def test_the_next_end_is_the_first_of_lease_hours_and_budget():
@@ -283,36 +273,36 @@ def test_in_a_rehearsal_the_machines_own_shutdown_is_never_found(machine, monkey
     assert "in vain: no systemctl in" in (m.home / "watchdog.log").read_text()
 
 
-def test_a_full_disk_stops_neither_the_watchdog_nor_its_count(small_disk, monkeypatch):
-    monkeypatch.setenv("PATH", f"{small_disk}/bin:{os.environ['PATH']}")
-    m = Machine(small_disk, max_s=3 * HOUR)
+def test_a_full_disk_stops_neither_the_watchdog_nor_its_count(disk, monkeypatch):
+    monkeypatch.setenv("PATH", f"{disk}/bin:{os.environ['PATH']}")
+    m = Machine(disk, max_s=3 * HOUR)
     m.writes("hold", "0")
-    fill(small_disk)
+    fill(disk)
     for beat in range(60):
         with open(m.home / "lease" / "hold", "r+") as hold:           # as a supervisor does
             hold.write(str(beat))
         m.goes_on(60, every=20)
     assert json.loads((m.home / "age.json").read_text())["age"] >= HOUR - 60
-    (small_disk / "ballast").unlink()
-    fill(small_disk)                                                  # with the room that its log had
+    (disk / "ballast").unlink()
+    fill(disk)                                                  # with the room that its log had
     m.boot()
     assert m.watchdog.state.age >= HOUR
     m.goes_on(1100)
-    (small_disk / "ballast").unlink()                                 # room for the stand-in to write down its call
+    (disk / "ballast").unlink()                                 # room for the stand-in to write down its call
     assert not m.goes_on(200)
 
 
-def test_a_disk_that_was_full_before_the_first_age_was_saved_stops_nothing(small_disk, monkeypatch):
-    monkeypatch.setenv("PATH", f"{small_disk}/bin:{os.environ['PATH']}")
-    (small_disk / "calls").touch()
-    m = Machine(small_disk)
+def test_a_disk_that_was_full_before_the_first_age_was_saved_stops_nothing(disk, monkeypatch):
+    monkeypatch.setenv("PATH", f"{disk}/bin:{os.environ['PATH']}")
+    (disk / "calls").touch()
+    m = Machine(disk)
     for name in ("age.json", "deadline.json", "watchdog.log"):
         (m.home / name).unlink(missing_ok=True)
-    fill(small_disk)
+    fill(disk)
     m.boot()
     m.goes_on(1195)
     assert not (m.home / "age.json").exists() or not (m.home / "age.json").read_text()
-    (small_disk / "ballast").unlink()
+    (disk / "ballast").unlink()
     assert not m.goes_on(5)
 
 

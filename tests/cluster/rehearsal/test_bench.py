@@ -15,7 +15,8 @@ import pytest
 from cluster.boot import Limits, user_data
 from cluster.rehearsal import keeper
 from cluster.rehearsal.bench import Bench
-from cluster.rehearsal.hosts import SSHD, Knobs
+from cluster.rehearsal.hosts import Knobs
+from cluster.rehearsal.sshd import SSHD
 from tests.cluster.rehearsal.aws import SPOT, Caller, eventually
 
 pytestmark = pytest.mark.skipif(not all([SSHD, shutil.which("ssh"), shutil.which("ssh-keygen")]),

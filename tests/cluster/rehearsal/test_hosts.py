@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from cluster.rehearsal import keeper
-from cluster.rehearsal.hosts import SSHD, Host, Knobs
+from cluster.rehearsal.hosts import Host, Knobs
+from cluster.rehearsal.sshd import SSHD
 from tests.cluster.rehearsal.aws import Caller, eventually
 
 pytestmark = pytest.mark.skipif(not all([SSHD, shutil.which("ssh"), shutil.which("ssh-keygen"), shutil.which("rsync")]),
