@@ -218,6 +218,7 @@ def test_sigterm_to_the_supervisor_lets_the_command_end_in_its_own_way(node):
 def test_when_the_supervisor_is_killed_the_command_is_asked_to_end(node):
     process = node.starts(ASKED)
     node.logs("here")
+    until(lambda: node.told)
     process.kill()
     node.logs("asked")
     assert node.told["state"] == "running"                            # nobody was left to tell
