@@ -29,6 +29,7 @@ from engine.files import write_whole
 SCRIPT = "slurm.sbatch"                           # in the run's folder: what was submitted
 ASK_S = 5.0                                       # between questions to Slurm, whose controller serves a whole cluster
 SUBMIT_S = 120.0                                  # for sbatch, which tries again by itself where Slurm is busy
+ENDING_S = 120.0                                  # for a job that ends: longer than Slurm's usual KillWait of 30 s
 LATE = 6                                          # questions until a folder that several machines share must agree
 WHY = {"CANCELLED": "was cancelled, by scancel or an administrator", "NODE_FAIL": "lost a node",
        "TIMEOUT": "met its time limit before it had saved", "OUT_OF_MEMORY": "took more memory than it had asked for",
@@ -212,10 +213,16 @@ def _notes(wish: Wish, login: Login, gpus: int) -> Iterator[str]:
 
 def _followed(plan: Plan, watch: Watch) -> str | None:
     """The id of the job that this run has already. One about to end or to queue again is waited for."""
+    began = time.monotonic()
     while (found := squeue.job_of(plan.name)) and found[1] == "COMPLETING":
         if watch.interrupted():
             raise Stopped("Nothing was started.")
-        watch.say(f"Job {found[0]} of this run is just ending. Waiting for that.")
+        if (waited := time.monotonic() - began) > ENDING_S:
+            raise Refused(f"Job {found[0]} of this run has been ending for {waited:.0f} s, on a node that hangs? "
+                          f"It might still write to {plan.run_dir}. Once it is gone, the same command. To see "
+                          f"it:  scontrol show job {found[0]}")
+        if waited < ASK_S:
+            watch.say(f"Job {found[0]} of this run is just ending: waiting for that.")
         time.sleep(ASK_S)
     if found and not ((path := plan.run_dir / SCRIPT).exists() and path.read_text() == plan.layout.script):
         raise Refused(f"Job {found[0]} of this run was submitted with other flags: see {path}, and {plan.run_dir}/"

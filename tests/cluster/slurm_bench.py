@@ -68,6 +68,7 @@ TaskPlugin=task/none
 SwitchType=switch/none
 MpiDefault=none
 MailProg=/bin/true
+Epilog={root}/epilog
 ReturnToService=2
 {nodes}
 PreemptType=preempt/partition_prio
@@ -79,6 +80,7 @@ PartitionName=urgent Nodes=ALL PriorityTier=2
 
 @dataclass(frozen=True)
 class Slurm:
+    root: Path                                    # where a job is as long in ending as a file `slow` is there
     env: dict[str, str]                           # with which Slurm's commands find it
 
     def ask(self, *command: str) -> str:
@@ -98,10 +100,12 @@ def slurm(root: Path) -> Iterator[Slurm]:
     (root / "slurm.conf").write_text(CONF.format(
         host=host, port=free_port(), user=getpass.getuser(), root=root, nodes="\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2" for node in NODES)))
+    (root / "epilog").write_text(f"#!/bin/sh\nwhile [ -e {root}/slow ]; do sleep .1; done\n")
+    (root / "epilog").chmod(0o755)
     key = root / "munge.key"
     key.touch(0o600)
     key.write_bytes(secrets.token_bytes(64))
-    bench = Slurm(os.environ | {"PATH": PATH, "SLURM_CONF": str(root / "slurm.conf")})
+    bench = Slurm(root, os.environ | {"PATH": PATH, "SLURM_CONF": str(root / "slurm.conf")})
     with open(root / "guard.out", "ab") as out:
         guard = subprocess.Popen([sys.executable, "-c", GUARD, f"SLURM_CONF={root}/slurm.conf"], stdout=out, stderr=out,
                                  stdin=subprocess.PIPE, start_new_session=True)

@@ -391,6 +391,21 @@ def test_a_job_in_the_queue_outlives_its_launcher_and_leaves_it_by_ctrl_c(desk):
 
 
 @needs_slurm
+def test_a_job_that_is_just_ending_is_waited_for(desk):
+    old = desk.bench.ask("sbatch", "--parsable", "--job-name=txl-next", f"--chdir={desk.here}", "--output=/dev/null",
+                         "--wrap=sleep 100").strip()
+    until(lambda: desk.bench.ask("squeue", "--noheader", "--format=%T") == "RUNNING\n", 60)
+    (desk.bench.root / "slow").touch()
+    desk.bench.ask("scancel", old)
+    launcher = desk.launch("next", "--sbatch=--hold", "--detach")
+    launcher.until(f"^Job {old} of this run is just ending: waiting for that", LAUNCH_S)
+    assert desk.queue() == [old]
+    (desk.bench.root / "slow").unlink()
+    assert launcher.wait(LAUNCH_S) == 0
+    assert desk.queue() != [old]
+
+
+@needs_slurm
 @pytest.mark.parametrize(("flags", "holds"), [
     ([], "urgent 7:00"),
     (["--partition=main"], "main 7:00"),
