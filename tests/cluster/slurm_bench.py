@@ -50,6 +50,7 @@ SlurmctldPort={port}
 SlurmUser={user}
 SlurmdUser={user}
 CommunicationParameters=NoInAddrAny,NoCtldInAddrAny
+FirstJobId={first_job}
 AuthType=auth/munge
 # A job that is queued again waits for as long as a credential lasts; no less than 5 s is taken.
 AuthInfo=socket={root}/munge,cred_expire=5
@@ -98,7 +99,9 @@ def slurm(root: Path) -> Iterator[Slurm]:
     host = socket.gethostname()
     (root / "state").mkdir()
     (root / "slurm.conf").write_text(CONF.format(
-        host=host, port=free_port(), user=getpass.getuser(), root=root, nodes="\n".join(
+        host=host, port=free_port(), user=getpass.getuser(), root=root,
+        # A job's port follows from its id, and other tests have other Slurms on this machine.
+        first_job=1 + secrets.randbelow(1_000_000), nodes="\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2" for node in NODES)))
     (root / "epilog").write_text(f"#!/bin/sh\nwhile [ -e {root}/slow ]; do sleep .1; done\n")
     (root / "epilog").chmod(0o755)
