@@ -82,8 +82,8 @@ def complaint(stderr: str) -> str:
 
 
 def words_of(path: Path) -> list[str]:
-    """Of a small file; [] where there is none."""
+    """Of a small file; [] where there is none, or a file server that stumbles, for which no job should end."""
     try:
         return path.read_text().split()
-    except FileNotFoundError:
+    except OSError:
         return []
