@@ -59,6 +59,13 @@ class Facts:
 
 def survey(wish: Wish) -> Facts:
     """Looks at the cluster, or at this machine. Raises Refused."""
+    least, count = wish.terms.min_machines, wish.config.machines.count
+    if least is not None and least > count:
+        raise Refused(f"--min_machines is {least}, and there {'is' if count == 1 else 'are'} {count} "
+                      f"machine{'s' * (count > 1)}")
+    if least is not None and wish.config.recipe.batch.size is None:
+        raise Refused("--min_machines is for recipes whose batch does not depend on how many ranks there are: "
+                      "--set recipe.batch.size=N")
     address = address_of(wish.terms)
     if address is None:
         return Facts(None, local.survey(wish), _ray_here())
@@ -156,7 +163,7 @@ def package() -> tuple[str, bytes]:
 
 def _here(plan: Plan, watch: Watch, job: dict[str, Any]) -> RayTraining:
     """On a Ray of the run's own."""
-    about = _read(plan.run_dir / "ray.json")
+    about = run.read_json(plan.run_dir / "ray.json")
     if (pid := about.get("keeper")) and ray_keeper.alive(pid):
         with contextlib.suppress(OSError, ValueError, Trouble):
             dashboard = ray_keeper.dashboard(Path(about["temp"]))
@@ -221,8 +228,8 @@ def _submit_or_attach(plan: Plan, watch: Watch, dashboard: Dashboard, job: dict[
 def _submit(plan: Plan, watch: Watch, dashboard: Dashboard, job: dict[str, Any], number: int,
             keeper: int | None) -> RayTraining:
     id, (name, data) = f"txl-{plan.name}-{number}", package()
-    kept = _read(plan.run_dir / "ray.json") if keeper else {}
-    write_whole(plan.run_dir / "ray.json", json.dumps({"id": id} | kept))
+    about = plan.run_dir / "ray.json"
+    write_whole(about, json.dumps(run.read_json(about) | {"id": id}))
     node = plan.layout.nodes[0]
     dashboard.upload(name, data)
     dashboard.submit(id, " ".join(["exec", *node.command]), name, node.env | {
@@ -291,7 +298,7 @@ def _ranks(wish: Wish, facts: Facts) -> tuple[int, bool]:
         ("CPU", sum(int(node.cpus) for node in facts.nodes))
     least = ranks if wish.terms.min_machines is None else wish.terms.min_machines * max(1, per_machine)
     if there < least and not facts.grows:
-        raise Refused(f"{wish.name} wants {least} {kind}s, and the cluster at {facts.address} has {there} on "
+        raise Refused(f"{wish.name} wants {least} {kind}(s), and the cluster at {facts.address} has {there} on "
                       f"{len(facts.nodes)} node(s). Take fewer --machines"
                       + (", or --instance_type=local for what it has" if machines.kind != LOCAL else ""))
     return ranks, bool(per_machine)
@@ -317,7 +324,7 @@ def _standing_there(wish: Wish) -> Standing | None:
     """Where the checkpoints stayed on the cluster: what their meta.json here says."""
     if wish.standing.state != "unfinished" or wish.standing.step is not None:
         return None
-    metas = [_read(path) for path in Path("runs", wish.name).glob("checkpoints/step-*/meta.json")]
+    metas = [run.read_json(path) for path in Path("runs", wish.name).glob("checkpoints/step-*/meta.json")]
     newest = max(metas, key=lambda meta: meta.get("step", -1), default={})
     return replace(wish.standing, step=newest.get("step"), ranks=newest.get("ranks"),
                    place="the cluster") if newest else None
@@ -363,9 +370,3 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _is_uri(place: str | None) -> bool:
     return "://" in (place or "")
 
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}

@@ -46,7 +46,8 @@ class Feed:
         self.begun, self.refused, self.ended = False, "", None
         self._run_dir, self._say = run_dir, say
         self._rest, self._blank = b"", False
-        self._base: dict[str, int] = {}           # where what its machine calls byte 0 of a file is here
+        # Where byte 0 of a file of some disk is here: a cluster that has lost its disk begins its files anew.
+        self._bases: dict[str, int] = run.read_json(run_dir / "ray.json").get("bases", {})
         (run_dir / "logs").mkdir(parents=True, exist_ok=True)
         self._headline = f"{run.LAUNCHED} {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {headline}\n".encode()
         self._logs: dict[int, BinaryIO] = {}      # by node
@@ -99,17 +100,30 @@ class Feed:
         if "whole" in frame:
             write_whole(path, base64.b64decode(frame["whole"]).decode())
             return
-        at, data = int(frame["at"]), base64.b64decode(frame["data"])
-        first = name not in self._base
+        at, data, key = int(frame["at"]), base64.b64decode(frame["data"]), f"{name} {frame['disk']}"
         with open(path, "r+b" if path.exists() else "w+b") as file:
-            if at == 0 and (first or not name.endswith(".log")):
-                file.truncate(0)                  # the rest of the file follows
-                self._base[name] = 0
-            elif at == 0:                         # a rank that was started again, on this disk or on another
-                here = file.read(len(data))
-                self._base[name] = 0 if data.startswith(here) or here.startswith(data) else file.seek(0, 2)
-            file.seek(self._base.get(name, 0) + at)
+            if key not in self._bases:
+                self._bases[key] = _base(name, file.read(), data)
+                about = self._run_dir / "ray.json"
+                write_whole(about, json.dumps(run.read_json(about) | {"bases": self._bases}))
+            if at == 0 and not name.endswith(".log"):
+                file.truncate(self._bases[key])   # the rest follows
+            file.seek(self._bases[key] + at)
             file.write(data)
+
+
+def _base(name: str, here: bytes, data: bytes) -> int:
+    """Where a file that begins with `data` goes on in what is `here`, of another disk."""
+    if name.startswith("tensorboard/"):
+        return 0
+    if name != "metrics.jsonl":
+        return len(here)
+    at, first = 0, json.loads(data.split(b"\n")[0])["step"]
+    for line in here.splitlines(keepends=True):
+        if json.loads(line)["step"] >= first:     # what was not in the checkpoint that it went on from
+            break
+        at += len(line)
+    return at
 
 
 class RayTraining:

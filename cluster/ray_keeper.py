@@ -25,7 +25,7 @@ from cluster.ray_api import Dashboard, Trouble
 
 LINGER_S = 20                                     # after the last job's end: a launcher that follows ends it sooner
 IDLE_S = 300                                      # without any job: whoever started it is gone
-END_S = 20                                        # for Ray to end by itself
+END_S = 5                                         # for Ray to end by itself: it waits for processes, up to 30 s
 STORE_BYTES = 100 << 20                           # of shared memory: a training passes nothing through it
 PR_SET_PDEATHSIG = 1                              # linux/prctl.h
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -55,7 +55,7 @@ def end(pid: int) -> None:
     """End a keeper and its Ray; returns once they are gone."""
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, signal.SIGTERM)
-    deadline = time.monotonic() + 2 * END_S
+    deadline = time.monotonic() + 4 * END_S
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(.1)
 

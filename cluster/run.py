@@ -103,8 +103,13 @@ def why(error: OSError) -> str:
 
 def read_status(run_dir: Path) -> dict[str, Any]:
     """status.json: state, step, message; {} where there is none."""
+    return read_json(run_dir / "status.json")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """{} where there is nothing that can be read as such."""
     try:
-        return json.loads((run_dir / "status.json").read_text())
+        return json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
 

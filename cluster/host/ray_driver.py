@@ -290,6 +290,7 @@ class Mirror(threading.Thread):
     def __init__(self, folder: Path, rank: int, mailbox: Any, silent: bool):
         super().__init__(daemon=True)
         self._folder, self._rank, self._mailbox, self._silent = folder.resolve(), rank, mailbox, silent
+        self._disk = _name_of_disk(self._folder)
         self._sent: dict[str, int] = {}
         self._seen: dict[str, tuple[int, int]] = {}
         self._asked = False
@@ -335,7 +336,8 @@ class Mirror(threading.Thread):
                 with open(path, "rb") as file:
                     file.seek(at)
                     while data := file.read(PIECE_BYTES):
-                        frames.append({"file": name, "at": at, "data": base64.b64encode(data).decode()})
+                        frames.append({"file": name, "disk": self._disk, "at": at,
+                                       "data": base64.b64encode(data).decode()})
                         at += len(data)
                 self._sent[name] = at
             except FileNotFoundError:
@@ -420,6 +422,19 @@ def kill(job: str) -> int:
 def say(**frame: Any) -> None:
     """One line for the launcher. The newline before it ends a line that another thread may be writing."""
     os.write(1, f"\n{FRAME}{json.dumps(frame)}\n".encode())
+
+
+def _name_of_disk(folder: Path) -> str:
+    """The same for all who see this folder, and another once it is gone: there logs begin anew."""
+    path = folder / ".disk"
+    with contextlib.suppress(FileExistsError):
+        fresh = path.with_name(f".disk.{secrets.token_hex(8)}")
+        fresh.write_text(secrets.token_hex(8))
+        try:
+            os.link(fresh, path)                  # as a whole, and by one of them
+        finally:
+            fresh.unlink()
+    return path.read_text()
 
 
 def _stop_on_sigterm(mailbox: Any) -> None:

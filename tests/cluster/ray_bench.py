@@ -43,6 +43,11 @@ class Bench:
         return os.environ | {"RAY_ADDRESS": self.address, "RAY_AUTH_TOKEN": TOKEN}
 
     @property
+    def home(self) -> Path:
+        """Of whoever the nodes run as."""
+        return self.folder / "home"
+
+    @property
     def dashboard(self) -> Dashboard:
         return Dashboard(self.address, TOKEN)
 
@@ -57,7 +62,7 @@ class Bench:
                  "--node-ip-address=127.0.0.1", f"--temp-dir={self.folder}", "--dashboard-agent-listen-port=0",
                  f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=80000000"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env=ray_keeper.environment(TOKEN)))
+                env=ray_keeper.environment(TOKEN) | {"HOME": str(self.home)}))
         until(self._whole, limit_s=120)
 
     def kill(self) -> None:
@@ -87,6 +92,6 @@ def ray(*cpus: int) -> Iterator[Bench]:
             node.terminate()
         for node in bench.nodes:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                node.wait(15)
+                node.wait(ray_keeper.END_S)
         ray_keeper.sweep(folder)
         shutil.rmtree(folder, ignore_errors=True)
