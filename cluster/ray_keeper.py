@@ -27,7 +27,7 @@ LINGER_S = 20                                     # after the last job's end: a 
 IDLE_S = 300                                      # without any job: whoever started it is gone
 END_S = 5                                         # for Ray to end by itself: it waits for processes, up to 30 s
 STORE_BYTES = 100 << 20                           # of shared memory: a training passes nothing through it
-PR_SET_PDEATHSIG = 1                              # linux/prctl.h
+PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36  # linux/prctl.h
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -70,6 +70,19 @@ def alive(pid: int) -> bool:
         return False
 
 
+def descendants(pid: int) -> list[int]:
+    """Its children, theirs, and so on."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):        # it ended meanwhile
+            parent = int(stat.read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(stat.parent.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found[1:]
+
+
 def sweep(folder: Path) -> None:
     """What a killed Ray has left: its processes, by the folder in their command lines, and the folder."""
     for proc in Path("/proc").glob("[0-9]*"):
@@ -97,6 +110,7 @@ def main(argv: list[str]) -> int:
         told[0] = True
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)           # who loses its parent there is a child of this one
     start = json.loads((folder / "start.json").read_text())
     api = dashboard(folder)
     ray = subprocess.Popen(start["command"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent,
@@ -116,6 +130,14 @@ def main(argv: list[str]) -> int:
         ray.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             ray.wait(END_S)
+        while its := descendants(os.getpid()):    # agents of Ray's outlive a raylet that is killed
+            for pid in its:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):
+                while os.waitpid(-1, os.WNOHANG)[0]:
+                    pass
+            time.sleep(.1)
         sweep(folder)
     return 0
 

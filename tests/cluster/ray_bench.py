@@ -4,7 +4,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -68,7 +67,7 @@ class Bench:
     def kill(self) -> None:
         """The newest node ends without a word, with all that runs there."""
         node = self.nodes.pop()
-        os.killpg(node.pid, signal.SIGKILL)
+        _end([node.pid, *ray_keeper.descendants(node.pid)])
         node.wait()
 
     def _whole(self) -> bool:
@@ -88,10 +87,13 @@ def ray(*cpus: int) -> Iterator[Bench]:
             bench.add(count)
         yield bench
     finally:
-        for node in reversed(bench.nodes):
-            node.terminate()
+        _end([pid for node in bench.nodes for pid in [node.pid, *ray_keeper.descendants(node.pid)]])
         for node in bench.nodes:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                node.wait(ray_keeper.END_S)
+            node.wait()
         ray_keeper.sweep(folder)
-        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _end(pids: list[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import local, ray
+from cluster import local, ray, ray_keeper
 from cluster.backends import Wish
 from cluster.driven import Launcher
 from cluster.host.ray_driver import FRAME
@@ -144,7 +144,7 @@ def test_a_ray_of_its_own_is_on_loopback_alone_and_ends_with_the_run_though_the_
     first = laptop.launch("--machines=2")
     first.until("^Ray .* is up", LAUNCH_S)
     about = json.loads((laptop.folder / "runs/x/ray.json").read_text())
-    its = descendants(about["keeper"])
+    its = ray_keeper.descendants(about["keeper"])
     assert len(its) > 5
     assert listening(its) == {"127.0.0.1", "::ffff:127.0.0.1"}           # the ranks' own store is not there yet
     first.until("^step ", LAUNCH_S)
@@ -311,17 +311,6 @@ def test_a_cluster_writes_nothing_but_what_a_run_makes(job, name):
     job.frame(file=7)
     job.print(f"{FRAME}no json\n{FRAME}[1]\n")
     assert sorted(job.folder.rglob("*")) == before
-
-
-def descendants(pid: int) -> list[int]:
-    parents: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):
-            parents.setdefault(int(stat.read_text().rpartition(")")[2].split()[1]), []).append(int(stat.parent.name))
-    found = [pid]
-    for one in found:
-        found += parents.get(one, [])
-    return found
 
 
 def listening(pids: list[int]) -> set[str]:
