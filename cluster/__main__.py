@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from cluster import smoke, verbs, verbs_mosh, verbs_ssh, verbs_sync
+from cluster import smoke, verbs, verbs_mosh, verbs_ray, verbs_ssh, verbs_sync
 from cluster.ec2 import CallFailed
 from cluster.follow import FAILED, FINISHED, STOPPED
 from cluster.run import Refused, why
@@ -70,6 +70,7 @@ VERBS = {
     "keys": Verb("", "the public key that machines get, and where it is", verbs.Nothing, verbs.keys),
     "smoke": Verb("", "whether a launch works with your account: two machines for minutes, and a verdict",
                   smoke.Smoking, smoke.smoke),
+    "ray_yaml": Verb("", "a file for Ray's own cluster launcher, from a config", verbs_ray.Yaml, verbs_ray.ray_yaml),
     "gc": Verb("", "end what is past its deadline, remove what ended clusters left", verbs.Sweeping, verbs.gc),
 }
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import local, ray, ray_keeper
+from cluster import local, ray, ray_keeper, verbs_ray
 from cluster.backends import Wish
 from cluster.driven import Launcher
 from cluster.host.ray_driver import FRAME
@@ -235,6 +235,25 @@ def test_the_same_code_is_the_same_package_and_tests_stay_here():
     assert name == again
     assert {"cluster/host/ray_driver.py", "engine/loop.py", "txl/train.py"} <= set(names)
     assert not [name for name in names if name.startswith("tests/") or not name.endswith(".py")]
+
+
+@needs_ray
+@pytest.mark.parametrize("count", [1, 2])
+def test_the_file_for_rays_own_launcher_passes_rays_own_validation(bench, capsys, count):
+    import yaml
+    from ray.autoscaler._private import util
+    assert verbs_ray.ray_yaml([], verbs_ray.Yaml("tiny", "mine", count, "c5.xlarge", ssh_cidr="192.0.2.7/32")) == 0
+    file = yaml.safe_load(capsys.readouterr().out)
+    whole = util.prepare_config(file)
+    util.validate_config(whole)
+    node, permissions = whole["available_node_types"]["head"]["node_config"], whole["provider"]["security_group"]
+    assert whole["available_node_types"].get("worker", {}).get("min_workers", 0) == count - 1
+    assert node["InstanceMarketOptions"]["MarketType"] == "spot"
+    assert node["MetadataOptions"]["HttpTokens"] == "required"
+    assert node["ImageId"].startswith("ami-")
+    assert [rule["IpRanges"] for rule in permissions["IpPermissions"]] == [[{"CidrIp": "192.0.2.7/32"}]]
+    assert "--dashboard-host=127.0.0.1" in whole["head_start_ray_commands"][-1]
+    assert not bench.instances()
 
 
 class Job:
