@@ -264,6 +264,8 @@ def _training(plan: Plan, watch: Watch, dashboard: Dashboard, id: str, keeper: i
                              name, {}, {})
 
     def close() -> None:
+        if keeper is None and not any(plan.run_dir.glob("checkpoints/*/model.pt")):
+            watch.say(f"Its checkpoints are in {plan.terms.storage_path or HOME} on the cluster.")
         if keeper is not None:
             with contextlib.suppress(OSError):    # an unheard request, on which a later trainer would stop at once
                 stop.unlink()
