@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.launching import needs_machines
+from tests.cluster.sshd import needs_sshd
 
 CHECKOUT = Path(__file__).parents[1]
-pytestmark = [pytest.mark.slow, needs_machines]
+pytestmark = [pytest.mark.slow, needs_sshd]
 
 
 def rehearsed(*argv: str, cwd: Path) -> subprocess.CompletedProcess[str]:

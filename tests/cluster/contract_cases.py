@@ -13,9 +13,9 @@ from pathlib import Path
 
 from cluster.rehearsal.bench import Bench
 from cluster.rehearsal.sshd import user
-from tests.cluster import launching, ray_bench, slurm_bench
+from tests.cluster import ray_bench, slurm_bench
 from tests.cluster.launching import until
-from tests.cluster.sshd import machines
+from tests.cluster.sshd import LACKS, machines
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def ray(folder: Path) -> Iterator[World]:
 
 CASES = (
     Case("local", local, follows=False),
-    Case("aws", aws, launching.LACKS),
-    Case("ssh", ssh, launching.LACKS),
+    Case("aws", aws, LACKS),
+    Case("ssh", ssh, LACKS),
     Case("slurm", slurm, slurm_bench.LACKS),
     Case("ray", ray, ray_bench.LACKS),
 )

@@ -4,7 +4,6 @@ The fixture `bench` (conftest.py) is as new for each test, and asserts after it 
 """
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,13 +14,10 @@ import launch
 from cluster import aws
 from cluster.plan import Plan
 from cluster.rehearsal.bench import Bench
-from cluster.rehearsal.sshd import SSHD
 from cluster.run import Stopped
 from engine.cli import parse
 
 SETTLE_S = 10                                     # for a machine that has just booted to start its watchdog
-LACKS = None if SSHD and shutil.which("rsync") else "the machines are sshds: needs openssh-server and rsync"
-needs_machines = pytest.mark.skipif(LACKS is not None, reason=str(LACKS))
 
 
 class Person:

@@ -26,8 +26,9 @@ from cluster.rehearsal.sshd import SSHD
 from cluster.ssh import Host, Shell
 
 BARE_PYTHON = os.path.realpath(getattr(sys, "_base_executable", sys.executable))      # not the environment's
-needs_sshd = pytest.mark.skipif(not all([SSHD, shutil.which("ssh"), shutil.which("ssh-keygen"), shutil.which("rsync")]),
-                                reason="needs sshd, ssh, ssh-keygen and rsync")
+MISSING = [*([] if SSHD else ["sshd"]), *(name for name in ("ssh", "ssh-keygen", "rsync") if not shutil.which(name))]
+LACKS = f"the machines are sshds: needs {', '.join(MISSING)}" if MISSING else None
+needs_sshd = pytest.mark.skipif(LACKS is not None, reason=str(LACKS))
 
 
 class Machine:

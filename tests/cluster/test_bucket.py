@@ -28,7 +28,8 @@ from cluster.rehearsal.bench import Bench
 from cluster.run import Refused, read_status
 from engine.cli import parse
 from engine.values import BadValue
-from tests.cluster.launching import Person, launched, needs_machines, plan_of, requests, until
+from tests.cluster.launching import Person, launched, plan_of, requests, until
+from tests.cluster.sshd import needs_sshd
 
 CHECKOUT = Path(__file__).parents[2]
 BUCKET = "txl-test"
@@ -156,7 +157,7 @@ def as_machine(bench: Bench, script: str) -> str:
     return done.stdout + done.stderr
 
 
-@needs_machines
+@needs_sshd
 @pytest.mark.slow
 def test_a_run_goes_on_from_its_bucket_when_laptop_and_machines_are_gone(bench, s3):
     flags, run_dir = (f"--bucket=s3://{BUCKET}/runs", *STORY), Path("runs/two")
@@ -198,7 +199,7 @@ def test_a_run_goes_on_from_its_bucket_when_laptop_and_machines_are_gone(bench, 
     assert bench.leftovers() == []
 
 
-@needs_machines
+@needs_sshd
 @pytest.mark.slow
 def test_data_comes_to_every_machine_from_s3_alone_and_a_forbidden_bucket_ends_no_training(bench, s3, data):
     for path in (path for path in data.rglob("*") if path.is_file()):
@@ -231,14 +232,14 @@ def test_data_comes_to_every_machine_from_s3_alone_and_a_forbidden_bucket_ends_n
     assert bench.leftovers() == []
 
 
-@needs_machines
+@needs_sshd
 def test_without_the_flags_no_machine_has_a_role_and_s3_is_not_asked(bench):
     launched(bench)
     assert not [name for params in requests(bench) for name in params if name.startswith("IamInstanceProfile")]
     assert {call.action for call in bench.ec2.calls if call.service in ("iam", "s3")} <= {"ListRoles"}
 
 
-@needs_machines
+@needs_sshd
 def test_a_launch_with_a_bucket_asks_for_nothing_that_the_published_policy_does_not_grant(bench, s3):
     bench.ec2.calls.clear()
     bench.world.profile_hidden_s = 1              # EC2 does not know a new instance profile at once
@@ -256,7 +257,7 @@ def test_a_launch_with_a_bucket_asks_for_nothing_that_the_published_policy_does_
     assert bench.leftovers() == []                # the role goes with the launch that is given up
 
 
-@needs_machines
+@needs_sshd
 def test_who_may_make_no_role_is_told_what_is_needed_and_of_role(bench, s3):
     bench.ec2.fail("CreateRole", "AccessDenied", status=403)
     with pytest.raises(Refused, match=r"(?s)CreateRole: AccessDenied.*docs/iam_policy\.json.*--role=NAME"):
@@ -265,7 +266,7 @@ def test_who_may_make_no_role_is_told_what_is_needed_and_of_role(bench, s3):
     assert bench.leftovers() == []
 
 
-@needs_machines
+@needs_sshd
 @pytest.mark.parametrize(("flag", "fault", "said"), [
     ("--bucket=txl-nobodys", None, r"--bucket: There is no bucket txl-nobodys\. Make it:  aws s3 mb"),
     (f"--bucket={BUCKET}", "403", rf"--bucket: The bucket {BUCKET} is not open to arn:aws:"),

@@ -18,10 +18,11 @@ from cluster.gang import Launch
 from cluster.journal import Journal, owner_name
 from cluster.rehearsal.world import Machine, price
 from cluster.run import Refused, Stopped
-from tests.cluster.launching import Person, is_spot, launched, needs_machines, plan_of, requests
+from tests.cluster.launching import Person, is_spot, launched, plan_of, requests
+from tests.cluster.sshd import needs_sshd
 
 POLICY = Path(__file__).parents[2] / "docs" / "iam_policy.json"
-pytestmark = needs_machines
+pytestmark = needs_sshd
 
 
 @pytest.mark.parametrize("line", ["Asking for 2 x", "2 machine(s) run", "Bringing the code"])

@@ -29,12 +29,13 @@ from cluster.rehearsal.bench import Bench
 from cluster.rehearsal.hosts import Knobs
 from cluster.rehearsal.world import Machine, price
 from cluster.run import Broken, Refused, Stopped
-from tests.cluster.launching import Person, is_spot, launched, needs_machines, plan_of, requests, until
+from tests.cluster.launching import Person, is_spot, launched, plan_of, requests, until
+from tests.cluster.sshd import needs_sshd
 
 CHECKOUT = Path(__file__).parents[2]
 POLICY = CHECKOUT / "docs" / "iam_policy.json"
 SPOT = [("spot", f"us-east-1{letter}") for letter in "abcdef"]
-pytestmark = needs_machines
+pytestmark = needs_sshd
 
 
 class Onlooker(Person):

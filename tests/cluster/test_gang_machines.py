@@ -28,12 +28,12 @@ from cluster.rehearse import NAME, Stage
 from cluster.run import Broken, Stopped, newest_checkpoint
 from configs import tiny
 from engine.values import override
-from tests.cluster.launching import Person, launched, needs_machines, plan_of, requests, until
-from tests.cluster.sshd import BARE_PYTHON
+from tests.cluster.launching import Person, launched, plan_of, requests, until
+from tests.cluster.sshd import BARE_PYTHON, needs_sshd
 from tests.disks import small_disk
 
 STAY = "The machines stay for 20 minutes: once it is mended, the same command takes them"
-pytestmark = needs_machines
+pytestmark = needs_sshd
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,10 @@ import pytest
 from benchmarks.launch import PYTHON3, Relay, handshakes, log_of
 from cluster import aws
 from cluster.rehearsal.hosts import Knobs
-from tests.cluster.launching import Person, needs_machines, plan_of
+from tests.cluster.launching import Person, plan_of
+from tests.cluster.sshd import needs_sshd
 
-pytestmark = [pytest.mark.slow, needs_machines]
+pytestmark = [pytest.mark.slow, needs_sshd]
 DATA_BYTES = 1 << 20
 
 

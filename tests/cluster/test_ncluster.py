@@ -15,7 +15,8 @@ from cluster import aws
 from cluster.journal import owner_name
 from cluster.rehearsal.bench import FREE
 from cluster.run import Broken, Stopped
-from tests.cluster.launching import Person, needs_machines, plan_of, requests
+from tests.cluster.launching import Person, plan_of, requests
+from tests.cluster.sshd import needs_sshd
 
 # What its command line imports, of today; all that it asks for would bring a hundred MB more.
 NEEDED = ("boto3", "boto3-type-annotations", "paramiko", "portalocker", "pytz")
@@ -23,7 +24,7 @@ SHIM = "import collections, collections.abc; collections.Iterable = collections.
 MAKE_KEY = "from ncluster import ncluster_cloud_setup; ncluster_cloud_setup.keypair_setup()"
 OURS, THEIRS = f"ncluster-{owner_name()}", "ncluster-somebody"
 READY = "Bringing the code"
-pytestmark = [pytest.mark.slow, needs_machines, pytest.mark.skipif(
+pytestmark = [pytest.mark.slow, needs_sshd, pytest.mark.skipif(
     "-" in owner_name(), reason="ncluster takes no user's name with a '-'")]
 
 

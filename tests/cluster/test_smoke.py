@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 
 from cluster.smoke import question
-from tests.cluster.launching import needs_machines, until
+from tests.cluster.launching import until
+from tests.cluster.sshd import needs_sshd
 from tests.cluster.test_ec2 import C5
 
-pytestmark = needs_machines
+pytestmark = needs_sshd
 CHECKOUT = Path(__file__).parents[2]
 CLUSTER = [sys.executable, "-m", "cluster"]
 

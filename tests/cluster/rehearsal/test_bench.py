@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +15,10 @@ from cluster.boot import Limits, user_data
 from cluster.rehearsal import keeper
 from cluster.rehearsal.bench import Bench
 from cluster.rehearsal.hosts import Knobs
-from cluster.rehearsal.sshd import SSHD
 from tests.cluster.rehearsal.aws import SPOT, Caller, eventually
+from tests.cluster.sshd import needs_sshd
 
-pytestmark = pytest.mark.skipif(not all([SSHD, shutil.which("ssh"), shutil.which("ssh-keygen")]),
-                                reason="needs sshd, ssh and ssh-keygen")
+pytestmark = needs_sshd
 CHECKOUT = Path(__file__).parents[3]
 KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA nobody"
 WATCHED = {"UserData": user_data(Limits(), KEY), "InstanceInitiatedShutdownBehavior": "terminate"}

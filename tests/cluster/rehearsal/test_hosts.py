@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import getpass
 import json
-import shutil
 import subprocess
 import sys
 import time
@@ -15,11 +14,10 @@ import pytest
 
 from cluster.rehearsal import keeper
 from cluster.rehearsal.hosts import Host, Knobs
-from cluster.rehearsal.sshd import SSHD
 from tests.cluster.rehearsal.aws import Caller, eventually
+from tests.cluster.sshd import needs_sshd
 
-pytestmark = pytest.mark.skipif(not all([SSHD, shutil.which("ssh"), shutil.which("ssh-keygen"), shutil.which("rsync")]),
-                                reason="needs sshd, ssh, ssh-keygen and rsync")
+pytestmark = needs_sshd
 HOOK = """\
 txl="${TXL_ROOT:-}/var/lib/txl"
 echo "boot $INSTANCE_ID" >> "$txl/boots"
