@@ -91,7 +91,7 @@ class Follower:
         if not any(statuses) and status.get("state") == "stopped":
             self.screen.say(f"Stopped at step {status['step']} of {self.plan.steps}. {go_on}")
             return STOPPED
-        newest = run.newest_checkpoint(run_dir)
+        newest = run.newest_checkpoint(run_dir) or run.newest_elsewhere(run_dir)
         kept = f"The last checkpoint is of step {newest['step']}." if newest else "There is no checkpoint yet."
         if self._interrupts:
             self.screen.say(f"{'Killed' if self._interrupts > 1 else 'Ended'}. {kept} {go_on}")

@@ -326,10 +326,8 @@ def _standing_there(wish: Wish) -> Standing | None:
     """Where the checkpoints stayed on the cluster: what their meta.json here says."""
     if wish.standing.state != "unfinished" or wish.standing.step is not None:
         return None
-    metas = [run.read_json(path) for path in Path("runs", wish.name).glob("checkpoints/step-*/meta.json")]
-    newest = max(metas, key=lambda meta: meta.get("step", -1), default={})
-    return replace(wish.standing, step=newest.get("step"), ranks=newest.get("ranks"),
-                   place="the cluster") if newest else None
+    newest = run.newest_elsewhere(Path("runs", wish.name))
+    return replace(wish.standing, step=newest["step"], ranks=newest["ranks"], place="the cluster") if newest else None
 
 
 def _newest(jobs: list[RayJob], name: str) -> RayJob | None:

@@ -30,6 +30,10 @@ class Silent(Trouble):
     """It does not answer at all; it may later."""
 
 
+class NotFound(Trouble):
+    """It does not know what it is asked for."""
+
+
 @dataclass(frozen=True)
 class RayNode:
     """One machine of a cluster, as Ray counts its resources."""
@@ -93,7 +97,7 @@ class Dashboard:
         """A zip by its name, unless it is there."""
         try:
             self._ask("GET", f"/api/packages/gcs/{package}")
-        except _NotFound:
+        except NotFound:
             self._ask("PUT", f"/api/packages/gcs/{package}", data, "application/zip")
 
     def stop(self, id: str) -> None:
@@ -146,17 +150,13 @@ class Dashboard:
             return Trouble(f"The cluster at {self.address} does not take this token, from RAY_AUTH_TOKEN, "
                            f"RAY_AUTH_TOKEN_PATH or {TOKEN_FILE}. On its head node:  ray get-auth-token")
         if error.code == 404:
-            return _NotFound(f"{self.address} does not have what a Ray cluster has ({said}).")
+            return NotFound(f"{self.address} does not have what a Ray cluster has ({said}).")
         return Trouble(f"The cluster at {self.address} answered {error.code}: {said}")
 
     def _silent(self, error: Any) -> Silent:
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         return Silent(f"No Ray dashboard answers at {self.address}: {why}. Is the cluster up, and its dashboard to be "
                       f"reached from here?  ssh -L 8265:localhost:8265 HEAD_NODE  makes it http://localhost:8265")
-
-
-class _NotFound(Trouble):
-    pass
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from cluster import run
 from cluster.backends import LOST
 from cluster.host.ray_driver import FRAME
-from cluster.ray_api import Dashboard, RayJob, Silent, Trouble
+from cluster.ray_api import Dashboard, NotFound, RayJob, Trouble
 from engine.files import write_whole
 
 ASK_S = 1                                         # between two questions for the job's state
@@ -137,7 +137,7 @@ class RayTraining:
         self.stop, self.kill, self.close = stopper, killer, closer
         self._run_dir, self._dashboard, self._there = run_dir, dashboard, there
         self._job: RayJob | None = None
-        self._heard = time.monotonic()
+        self._heard, self._unknown = time.monotonic(), False
         self._lock, self._read, self._drained = threading.Lock(), 0, False
         for loop in (self._watch, self._follow):
             threading.Thread(target=loop, daemon=True).start()
@@ -147,7 +147,7 @@ class RayTraining:
         if job is None or not job.ended:
             if not self._there():
                 return (self._by_the_folder(),)
-            return (LOST,) if time.monotonic() - self._heard > LOST_S else None
+            return (LOST,) if self._unknown or time.monotonic() - self._heard > LOST_S else None
         if not self._drained:
             if job.node is not None:
                 with contextlib.suppress(Trouble):
@@ -183,10 +183,11 @@ class RayTraining:
             try:
                 self._job = self._dashboard.job(self.id)
                 self._heard = time.monotonic()
-            except Silent:
+            except NotFound:                      # another cluster has taken this one's place
+                self._unknown = True
+                return
+            except Trouble:                       # silent, or a proxy's words: poll() waits for so long
                 pass
-            except Trouble:                       # it answers, and not as it should: a proxy, a dashboard that starts
-                self._heard = min(self._heard, time.monotonic() - WORRY_S)
             time.sleep(ASK_S)
 
     def _follow(self) -> None:

@@ -119,6 +119,13 @@ def newest_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     return next((meta for _, meta in _checkpoints(run_dir)), None)
 
 
+def newest_elsewhere(run_dir: Path) -> dict[str, Any] | None:
+    """meta.json of the newest checkpoint whose model.pt a cluster keeps, of which nothing else is here."""
+    metas = [read_json(path) for path in run_dir.glob("checkpoints/step-*/meta.json")
+             if not (path.parent / "model.pt").exists()]
+    return max(metas, key=lambda meta: meta.get("step", -1), default=None)
+
+
 def newest_and_best(run_dir: Path) -> list[Path]:
     """The folders of the checkpoints that going on takes: to train from, and to test with."""
     there = _checkpoints(run_dir)

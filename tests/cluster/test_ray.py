@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,7 +35,7 @@ from configs import test_2 as two_p3dn
 from configs import tiny
 from engine.config import Batch
 from tests.cluster import ray_bench
-from tests.cluster.test_contract import CHECKOUT, LAUNCH_S, OVERRIDES, curve, make_text
+from tests.cluster.test_contract import CHECKOUT, LAUNCH_S, OVERRIDES, STEPS, curve, make_text
 from tests.waiting import until
 
 HERE = Here("/usr/bin/python", (), 2, 29500)
@@ -48,10 +49,11 @@ class Laptop:
         self.folder, self.env, self.launchers = folder, env, list[Launcher]()
         folder.mkdir()
 
-    def launch(self, *flags: str, name: str = "x") -> Launcher:
+    def launch(self, *flags: str, name: str = "x", steps: int = STEPS) -> Launcher:
+        overrides = [override.replace(f"max_steps={STEPS}", f"max_steps={steps}") for override in OVERRIDES]
         self.launchers.append(Launcher(
             [sys.executable, str(CHECKOUT / "launch.py"), "--config=tiny", "--backend=ray", f"--name={name}",
-             *(f"--set={override}" for override in OVERRIDES), *flags],
+             *(f"--set={override}" for override in overrides), *flags],
             self.folder / f"{name}.screen", cwd=self.folder, env=self.env))
         return self.launchers[-1]
 
@@ -133,6 +135,29 @@ def test_the_loss_of_a_node_changes_nothing_of_the_curve_and_what_is_small_comes
     assert not list(run_dir.rglob("*.pt"))
     assert [path.name for path in sorted((run_dir / "checkpoints").iterdir())] == [
         path.name for path in sorted((kept / "checkpoints").iterdir())]
+    cluster.add(2)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_with_the_machines_that_are_left_and_a_second_ctrl_c_ends_it_at_once(
+        laptop, cluster, tmp_path):
+    make_text(tmp_path / "there/data/little")
+    training = laptop.launch("--machines=4", "--min_machines=2", f"--storage_path={tmp_path}/there",
+                             name="elastic", steps=100000)
+    training.until("^step [5-9]0/", LAUNCH_S)
+    cluster.kill()
+    training.until("the checkpoint is of 4 ranks and this is 2", LAUNCH_S)
+    training.until("^step ", LAUNCH_S)
+    for pid in ray_keeper.descendants(cluster.nodes[0].pid):
+        if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            os.kill(pid, signal.SIGSTOP)          # the ranks hear nothing
+    training.ctrl_c()
+    training.until("Ctrl-C again kills", LAUNCH_S)
+    training.ctrl_c()
+    training.until(r"^Killed\. The last checkpoint is of step \d+\.", LAUNCH_S)
+    assert training.wait(LAUNCH_S) == 130
+    assert until(lambda: all(job.ended for job in cluster.dashboard.jobs()), limit_s=60)
     cluster.add(2)
 
 
