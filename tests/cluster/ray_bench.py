@@ -51,14 +51,15 @@ class Bench:
         return Dashboard(self.address, TOKEN)
 
     def add(self, cpus: int) -> None:
-        """A node more; returns once the cluster has it."""
+        """A node more; returns once the cluster has it. With a disk of its own: two that unpack the same code into one
+        folder take each other's files away."""
         where = [f"--address=127.0.0.1:{self.gcs}"] if self.nodes else [
             "--head", f"--port={self.gcs}", "--dashboard-host=127.0.0.1",
             f"--dashboard-port={self.address.rpartition(':')[2]}", f"--ray-client-server-port={free_port()}"]
         with open(self.folder / "log", "ab") as log:
             self.nodes.append(subprocess.Popen(
                 [sys.executable, "-c", START, "start", "--block", "--disable-usage-stats", *where,
-                 "--node-ip-address=127.0.0.1", f"--temp-dir={self.folder}", "--dashboard-agent-listen-port=0",
+                 "--node-ip-address=127.0.0.1", f"--temp-dir={self.folder / str(free_port())}", "--dashboard-agent-listen-port=0",
                  f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=80000000"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env=ray_keeper.environment(TOKEN) | {"HOME": str(self.home)}))
