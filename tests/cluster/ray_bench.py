@@ -59,10 +59,12 @@ class Bench:
         with open(self.folder / "log", "ab") as log:
             self.nodes.append(subprocess.Popen(
                 [sys.executable, "-c", START, "start", "--block", "--disable-usage-stats", *where,
-                 "--node-ip-address=127.0.0.1", f"--temp-dir={self.folder / str(free_port())}", "--dashboard-agent-listen-port=0",
-                 f"--num-cpus={cpus}", "--num-gpus=0", "--object-store-memory=80000000"],
+                 "--node-ip-address=127.0.0.1", f"--temp-dir={self.folder / str(free_port())}",
+                 "--dashboard-agent-listen-port=0", f"--num-cpus={cpus}", "--num-gpus=0",
+                 "--object-store-memory=80000000"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
-                env=ray_keeper.environment(TOKEN) | {"HOME": str(self.home)}))
+                env=ray_keeper.environment(TOKEN) | {
+                    "HOME": str(self.home), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}))
         until(self._whole, limit_s=120)
 
     def kill(self) -> None:
