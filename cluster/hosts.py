@@ -101,7 +101,7 @@ def lay_out(wish: Wish, machines: tuple[Machine, ...]) -> Layout:
     return Layout(
         nodes=nodes, facts=machines, cost="whatever they cost you: nobody here takes or gives them back",
         machines=", ".join(f"node-{i} is {x.name}" + (f" ({x.gpus} GPUs)" if x.gpus else "")
-                           for i, x in enumerate(machines)) + " (--backend=ssh)",
+                           for i, x in enumerate(machines)),
         setup="none: python3 there as it is" if wish.terms.skip_setup else
               f"python3 there if it can train, else ~/{HOME}/venv with torch {machines[0].ground.torch}",
         notes=tuple(_notes(machines, ranks)))

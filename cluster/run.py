@@ -49,7 +49,7 @@ class Standing:
             return f"finished at step {self.step}, {self.message}{there}"
         if self.state == "new":
             return "new"
-        begin = f"goes on from step {self.step}" if self.step is not None else "starts again, it left no checkpoint"
+        begin = f"goes on from step {self.step}" if self.step is not None else "starts again, no checkpoint is here"
         return ", now with ".join([begin + there, *self.changes])
 
 

@@ -55,7 +55,7 @@ def checkpoint(folder: Path, step: int, ranks: int = 1, size: int = 3) -> None:
 
 
 def test_the_same_recipe_goes_on_from_the_newest_whole_checkpoint(run_dir):
-    assert str(standing(run_dir, tiny.recipe)) == "starts again, it left no checkpoint"
+    assert str(standing(run_dir, tiny.recipe)) == "starts again, no checkpoint is here"
     folders = run_dir / "checkpoints"
     checkpoint(folders / "step-00000020", 20)
     checkpoint(folders / "step-00000040", 40, ranks=2)
