@@ -2,7 +2,6 @@
 
     python -m benchmarks.launch
     python -m benchmarks.launch --hosts=1 --hosts=16 --rounds=5 --record
-    python -m benchmarks.launch --own_processors --no_training      as root: by cgroups
 
 On the rehearsal: StrictEc2, and machines that are sshds on loopback and share this machine's processors. In the timed
 rounds they take code and data, hash both and start supervisors; importing torch and training, which is not the
@@ -37,9 +36,8 @@ from engine.cli import flag, misuse, parse
 from engine.run import processor
 
 TABLE = Path(__file__).with_name("launch.md")
-SHARE = 40                                        # of a processor, where each machine has a part of its own
-HEADING = ("| date | commit | machines | their processors | calls to AWS | handshakes from here, inside | steps | "
-           "MB from here | seconds | "
+HEADING = ("| date | commit | machines | calls to AWS | handshakes from here, inside | steps | MB from here | "
+           "seconds | "
            "survey / machines / ready / to node 0 / to the others / start | CPU s here | CPU s of the machines | "
            "first step after s | on |")
 CONFIG = replace(CONFIGS["tiny"], machines=Machines("c5.xlarge"))
@@ -60,7 +58,6 @@ exec {sys.executable} "$@"
 class Flags:
     hosts: tuple[int, ...] = flag("how many machines; may be repeated", default=(1, 2, 4, 8, 16))
     rounds: int = flag("timed rounds; the median counts", default=3)
-    own_processors: bool = flag("none of the machines waits for another's processor", default=False)
     no_training: bool = flag("leave out the round that trains", default=False)
     record: bool = flag("add the rows to benchmarks/launch.md", default=False)
 
@@ -94,12 +91,12 @@ def main(argv: list[str]) -> int:
                        stdout=subprocess.DEVNULL, env=os.environ | {"PYTHONPATH": str(CHECKOUT)})
         for _ in range(flags.rounds):             # interleaved, as shared machines drift
             for count, found in costs.items():
-                found.append(launch(folder, count, flags.own_processors))
+                found.append(launch(folder, count))
                 print(f"{count:>2} machine(s): {found[-1].total_s:5.1f} s", flush=True)
         for count in [] if flags.no_training else flags.hosts:
             first[count] = first_step(folder, count)
             print(f"{count:>2} machine(s): first step after {first[count]:5.1f} s", flush=True)
-    rows = [row(count, found, first.get(count), flags.own_processors) for count, found in costs.items()]
+    rows = [row(count, found, first.get(count)) for count, found in costs.items()]
     print("\n".join([HEADING, *rows]))
     if flags.record:
         with open(TABLE, "a") as table:
@@ -107,12 +104,11 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def launch(folder: Path, count: int, own_processors: bool = False) -> Cost:
+def launch(folder: Path, count: int) -> Cost:
     """One launch of `count` machines, which are gone when this returns. The data is in `folder`."""
     quick = Knobs(scripts=(("python3", PYTHON3),))
-    with processors(count if own_processors else 0) as parts, bench(folder) as stage, \
-            Relay(stage.hosts.port) as relay:
-        stage.hosts.next += [replace(quick, before=part) for part in parts] or [quick] * count
+    with bench(folder) as stage, Relay(stage.hosts.port) as relay:
+        stage.hosts.next += [quick] * count
         seconds, sent = [0.0], 0
         with launcher(stage, count, relay, "--detach") as process:
             ends = list(PARTS.values())
@@ -138,32 +134,6 @@ def launch(folder: Path, count: int, own_processors: bool = False) -> Cost:
             machines_cpu_s=cpu_s(keeper.processes(stage.folder / "hosts")))
 
 
-@contextlib.contextmanager
-def processors(count: int) -> Iterator[list[tuple[str, ...]]]:
-    """For as many machines, the words that put what they start onto processors of its own, by a cgroup: 1/SHARE of one,
-    and node 0, which copies to all others at once, as many such parts as there are machines. On EC2 it has 96."""
-    period_us, v1 = 40_000, Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").parent
-    root, v2 = (v1, False) if v1.exists() else (Path("/sys/fs/cgroup"), True)
-    groups = [root / f"txl-{os.getpid()}-{i}" for i in range(count)]
-    try:
-        for i, group in enumerate(groups):
-            group.mkdir()
-            quota_us = period_us // SHARE * (1 if i else count)
-            if v2:
-                (group / "cpu.max").write_text(f"{quota_us} {period_us}")
-            else:
-                (group / "cpu.cfs_period_us").write_text(str(period_us))
-                (group / "cpu.cfs_quota_us").write_text(str(quota_us))
-        yield [("sh", "-c", 'echo $$ > "$0" && exec "$@"', str(group / "cgroup.procs")) for group in groups]
-    finally:
-        for group in groups:
-            for _ in range(100):                  # until what was ended there has gone
-                with contextlib.suppress(OSError):
-                    group.rmdir()
-                    break
-                time.sleep(.1)
-
-
 def handshakes(stage: Bench, ids: Iterable[str], home: Path) -> list[tuple[int, int]]:
     """Of each machine, those that let somebody in, as its sshd tells: by the key in `home`, and by others."""
     ours = subprocess.run(["ssh-keygen", "-lf", home / "keys/id_ed25519.pub"], capture_output=True, text=True,
@@ -186,15 +156,13 @@ def first_step(folder: Path, count: int) -> float:
     raise AssertionError("the training has ended without a step")
 
 
-def row(count: int, costs: list[Cost], first: float | None, own_processors: bool) -> str:
+def row(count: int, costs: list[Cost], first: float | None) -> str:
     """Of the table: medians, and of the seconds their range."""
     def median(values: Iterable[float]) -> float:
         return statistics.median(values)
     totals = [cost.total_s for cost in costs]
     parts = " / ".join(f"{median(cost.parts_s[part] for cost in costs):.1f}" for part in PARTS)
-    return (f"| {time.strftime('%Y-%m-%d')} | {commit()} | {count} | "
-            f"{f'own, 1/{SHARE} of these' if own_processors else 'these, shared'} | "
-            f"{median(cost.calls for cost in costs):.0f} | "
+    return (f"| {time.strftime('%Y-%m-%d')} | {commit()} | {count} | {median(cost.calls for cost in costs):.0f} | "
             f"{median(cost.here for cost in costs):.0f}, {median(cost.inside for cost in costs):.0f} | "
             f"{median(cost.steps for cost in costs):.0f} | "
             f"{median(cost.sent for cost in costs) / 1e6:.3f} | "

@@ -58,7 +58,6 @@ class Knobs:
     new_host_key: bool = False                    # at every boot
     shutdown_works: bool = True                   # else it says so and does nothing; systemctl poweroff still works
     scripts: tuple[tuple[str, str], ...] = ()     # commands of its own: name, lines of sh
-    before: tuple[str, ...] = ()                  # words before what it runs, which they start
 
 
 class Host:
@@ -186,8 +185,8 @@ class Host:
             hook = self.root / "run/boothook"
             hook.write_text(self._hook)
             with open(self.root / "var/log/cloud-init-output.log", "ab") as log:
-                subprocess.run([*self.knobs.before, "sh", hook], cwd=self.root, stdin=subprocess.DEVNULL, stdout=log,
-                               env=self.environment | {"INSTANCE_ID": self.id}, stderr=log, timeout=BOOT_S,
+                subprocess.run(["sh", hook], cwd=self.root, env=self.environment | {"INSTANCE_ID": self.id},
+                               stdin=subprocess.DEVNULL, stdout=log, stderr=log, timeout=BOOT_S,
                                start_new_session=True, check=False)
         (self.root / "run/booted").touch()
 
@@ -199,7 +198,7 @@ class Host:
         if self.knobs.new_host_key or not key.exists():
             sshd.new_key(key, self.id)
         self._configure()
-        self._sshd = sshd.start(self._config, self.root / "var/log/sshd.log", self.environment, self.knobs.before)
+        self._sshd = sshd.start(self._config, self.root / "var/log/sshd.log", self.environment)
         deadline = time.monotonic() + BOOT_S
         while self._sshd.poll() is None and time.monotonic() < deadline:
             with contextlib.suppress(OSError), socket.create_connection((self.addresses[0], self._port), 1):

@@ -31,14 +31,13 @@ def new_key(key: Path, comment: str = "") -> None:
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", key], check=True, timeout=KEY_S)
 
 
-def start(config: Path, log: Path, env: Mapping[str, str] | None = None,
-          before: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """Returns at once; it listens a little later. `before`: words that start what comes after them."""
+def start(config: Path, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+    """Returns at once; it listens a little later."""
     if os.getuid() == 0:
         Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)           # its privilege separation insists
     with open(log, "ab") as out:
-        return subprocess.Popen([*before, SSHD or "sshd", "-D", "-e", "-f", config], stdin=subprocess.DEVNULL,
-                                stdout=out, stderr=out, env=env, start_new_session=True)
+        return subprocess.Popen([SSHD or "sshd", "-D", "-e", "-f", config], stdin=subprocess.DEVNULL, stdout=out,
+                                stderr=out, env=env, start_new_session=True)
 
 
 def user() -> str:
