@@ -1,6 +1,7 @@
 """The backend `slurm`: its script as a text, and what a real Slurm on loopback makes of it (slurm_bench.py)."""
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -300,6 +301,13 @@ def desk(bench, tmp_path):
     desk.leave()
 
 
+def up(bench: Slurm, node: str) -> bool:
+    """Whether it takes jobs again. Slurm refuses to resume one that has come back by itself."""
+    with contextlib.suppress(subprocess.CalledProcessError):
+        bench.ask("scontrol", "update", f"nodename={node}", "state=resume")
+    return "DOWN" not in bench.ask("scontrol", "show", "node", node)
+
+
 @needs_slurm
 @pytest.mark.slow
 def test_told_of_its_time_limit_and_robbed_of_a_node_it_goes_on_to_the_same_curve(desk):
@@ -317,7 +325,7 @@ def test_told_of_its_time_limit_and_robbed_of_a_node_it_goes_on_to_the_same_curv
     launcher.until(f"^resuming from .*step {at}$", LAUNCH_S)
     until(lambda: json.loads((desk.run("disturbed") / "status.json").read_text())["state"] == "training", LAUNCH_S)
     desk.bench.ask("scontrol", "update", "nodename=127.0.0.2", "state=down", "reason=a test")
-    desk.bench.ask("scontrol", "update", "nodename=127.0.0.2", "state=resume")
+    until(lambda: up(desk.bench, "127.0.0.2"), LAUNCH_S)
     launcher.until("resuming from", LAUNCH_S)
     assert launcher.wait(LAUNCH_S) == 0, desk.screen("disturbed")
     assert curve(desk.run("disturbed")) == whole
