@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cluster import ssh
+from cluster import reach, ssh
 from cluster.backends import Watch, Wish
 from cluster.deliver import HOME
 from cluster.journal import Journal, home
@@ -237,12 +237,8 @@ def refuse_elsewhere(run: str, names: list[str]) -> None:
     before = notes[-1]["names"]
     shells = [Shell(journal.folder / "ssh_config", f"node-{i}") for i in range(len(before))]
 
-    def busy(shell: Shell) -> bool:
-        lock = f"{HOME}/runs/{run}/nodes/{shell.name.removeprefix('node-')}.lock"
-        return shell.run(f"[ -e {lock} ] && ! flock -n {lock} true", check=False, timeout_s=ASK_S).status == 0
-
     try:
-        where = [name for name, yes in zip(before, ssh.each(shells, busy, name=NAME)) if yes]
+        where = [name for name, yes in zip(before, reach.trains(shells, run)) if yes]
         why = f"trains on {', '.join(where)}" if where else ""
     except SomeFailed as error:
         why = f"was started on {', '.join(before)}, and whether it trains there cannot be asked: {error}"

@@ -192,6 +192,14 @@ def start(shells: Sequence[Shell], run_dir: str, launches: Sequence[Mapping], fi
         each(range(len(shells)), step, name=lambda i: shells[i].name)
 
 
+def trains(shells: Sequence[Shell], run: str, timeout_s: float = 60) -> list[bool]:
+    """On which machines a supervisor of this run is at work."""
+    def busy(shell: Shell) -> bool:
+        lock = shlex.quote(f"{HOME}/runs/{run}/nodes/{shell.name.removeprefix('node-')}.lock")
+        return shell.run(f"[ -e {lock} ] && ! flock -n {lock} true", check=False, timeout_s=timeout_s).status == 0
+    return each(shells, busy, name=NAME)
+
+
 def fetch(shell: Shell, remote_run: str, local: Path, *, models: bool = False, without: Sequence[str] = (),
           interrupted: Callable[[], bool] = never) -> None:
     """The run's folder there (below the home) into `local`, without what the launcher has written or alone may read.

@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from cluster.follow import FINISHED
 from cluster.journal import Journal
 from cluster.local import CHECKOUT
 from cluster.run import Refused
-from cluster.ssh import NAME, Interrupted, Shell, Trouble, each
+from cluster.ssh import NAME, Interrupted, Trouble
 from cluster.verbs_ssh import To, connect, interruptible
 from engine.cli import flag
 
@@ -38,7 +37,8 @@ def sync(words: Sequence[str], flags: Syncing) -> int:
     parcel = deliver.goods(Path(words[1]), words[2]) if len(words) == 3 else deliver.code(CHECKOUT)
     if len(shells) < len(found.machines):
         print(f"Only to {', '.join(map(NAME, shells))}: the other machines do not run.")
-    if len(words) == 1 and (busy := training(shells, found.name)):
+    if len(words) == 1 and (busy := [shell.name for shell, yes in zip(shells, reach.trains(shells, found.name))
+                                     if yes]):
         print(f"A training runs on {', '.join(busy)}: what it has loaded stays as it was, what it loads later is new.")
 
     def send() -> None:
@@ -54,14 +54,6 @@ def sync(words: Sequence[str], flags: Syncing) -> int:
         else:
             send()
     return FINISHED
-
-
-def training(shells: Sequence[Shell], run: str) -> list[str]:
-    """The machines on which a supervisor of this run is at work."""
-    def busy(shell: Shell) -> bool:
-        lock = shlex.quote(f"txl/runs/{run}/nodes/{shell.name.removeprefix('node-')}.lock")
-        return shell.run(f"[ -e {lock} ] && ! flock -n {lock} true", check=False).status == 0
-    return [shell.name for shell, yes in zip(shells, each(shells, busy, name=NAME)) if yes]
 
 
 def watch(parcel: Parcel, send: Callable[[], None], interrupted: Callable[[], bool]) -> None:
