@@ -9,10 +9,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from cluster.follow import Tail
+from cluster.follow import PROGRESS, Tail
 from cluster.run import Broken
 
 POLL_S = 0.1
+LAST_WORDS = 60                                   # lines of what it printed that a failure is told with
 
 
 class Launcher:
@@ -21,7 +22,7 @@ class Launcher:
     def __init__(self, command: Sequence[str], log: Path, *, cwd: Path, env: Mapping[str, str] | None = None,
                  show: Callable[[str], object] = lambda line: None):
         self._tail, self._show, self._lines = Tail(log), show, list[str]()
-        self._said = deque[str](maxlen=8)
+        self._said = deque[str](maxlen=LAST_WORDS)           # of steps in a row the last
         with open(log, "ab") as out:
             self._process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=out,
                                              stderr=subprocess.STDOUT)
@@ -73,6 +74,8 @@ class Launcher:
 
     def _next(self) -> str:
         line = self._lines.pop(0)
+        if line.startswith(PROGRESS) and self._said and self._said[-1].startswith(PROGRESS):
+            self._said.pop()
         self._said.append(line)
         self._show(line)
         return line
