@@ -76,8 +76,10 @@ class Feed:
         return self._logs[node]
 
     def _take(self, frame: dict[str, Any]) -> None:
-        if "file" in frame or "gone" in frame:
+        if "file" in frame:
             self._file(frame)
+        if "kept" in frame:
+            self._prune(set(frame["kept"]))
         if "node" in frame:
             self._nodes[str(frame["pid"]).encode(), frame["ip"].encode()] = int(frame["node"])
             self._log(int(frame["node"]))
@@ -89,13 +91,10 @@ class Feed:
             self._say(word)
 
     def _file(self, frame: dict[str, Any]) -> None:
-        name = frame.get("file") or frame["gone"]
+        name = frame["file"]
         if not OURS.fullmatch(name):
             return
         path = self._run_dir / name
-        if "gone" in frame:
-            shutil.rmtree(path.parent, ignore_errors=True)
-            return
         path.parent.mkdir(parents=True, exist_ok=True)
         if "whole" in frame:
             write_whole(path, base64.b64decode(frame["whole"]).decode())
@@ -110,6 +109,12 @@ class Feed:
                 file.truncate(self._bases[key])   # the rest follows
             file.seek(self._bases[key] + at)
             file.write(data)
+
+    def _prune(self, kept: set[str]) -> None:
+        """What is known here of checkpoints that the cluster does not have any more; never a checkpoint itself."""
+        for about in (self._run_dir / "checkpoints").glob("step-*/meta.json"):
+            if about.parent.name not in kept and list(about.parent.iterdir()) == [about]:
+                shutil.rmtree(about.parent, ignore_errors=True)
 
 
 def _base(name: str, here: bytes, data: bytes) -> int:

@@ -293,6 +293,7 @@ class Mirror(threading.Thread):
         self._disk = _name_of_disk(self._folder)
         self._sent: dict[str, int] = {}
         self._seen: dict[str, tuple[int, int]] = {}
+        self._kept: list[str] | None = None       # of checkpoints, as last told
         self._asked = False
         self._done = threading.Event()
 
@@ -319,9 +320,10 @@ class Mirror(threading.Thread):
         if self._rank == 0:
             frames += self._grown([self._folder / "metrics.jsonl", *sorted(self._folder.glob("tensorboard/*"))])
             metas = sorted(self._folder.glob("checkpoints/step-*/meta.json"))
-            names = {f"checkpoints/{path.parent.name}/meta.json" for path in metas}
-            frames += [{"gone": name} for name in [*self._seen] if name.startswith("checkpoints/")
-                       and name not in names and self._seen.pop(name)]
+            kept = [path.parent.name for path in metas]
+            if kept != self._kept:                # always at first: a start before this one may not have told of all
+                frames.append({"kept": kept})
+                self._kept = kept
             frames += self._changed([self._folder / "machine.json", *metas, self._folder / "status.json"])
         return frames
 
