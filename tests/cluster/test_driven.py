@@ -6,7 +6,7 @@ import pytest
 from cluster.driven import Launcher
 from cluster.run import Broken
 
-SAYS = "print('the plan'); [print(f'step {i}/900 | loss 2') for i in range(900)]; print('resuming'); print('step 7/900')"
+SAYS = "print('the plan'); [print(f'step {i}/900 | loss 2') for i in range(900)]; print('resuming\\nstep 7/900')"
 
 
 def test_what_does_not_come_is_told_with_what_came_and_of_steps_in_a_row_the_last(tmp_path):
