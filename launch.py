@@ -33,7 +33,7 @@ from engine.cli import flag, misuse, parse, this_python
 from engine.values import BadValue, nearest, override
 
 REHEARSED = ("launch_tensorboard", "wait", "fallback", "budget", "max_hours", "minutes_after_success",
-             "minutes_after_failure", "disk_gib")
+             "minutes_after_failure", "disk_gib", "ray")
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class Flags:
     ray_address: str | None = flag("http://HOST:8265 of a Ray; else RAY_ADDRESS, or a Ray started here", None)
     storage_path: str | None = flag("where a Ray cluster keeps runs: a folder all its nodes share, or s3://...", None)
     min_machines: int | None = flag("of a Ray cluster: go on with as few, where not all are there", None)
+    ray: bool = flag("start Ray on the machines, of AWS or --hosts, and train by it", False)
     rehearse: bool = flag("all of it on this machine, without an account, with the model of `tiny`", False)
     drill: str | None = flag("a failure to rehearse; a wrong name lists them", None)
 
@@ -148,9 +149,10 @@ def make_plan(flags: Flags, config: Config) -> Plan:
         standing = run.standing(Path("runs", name), config.recipe)
         if chosen != "aws" and (terms.needs_s3 or terms.role):
             raise BadValue(f"--bucket, --data and --role are for machines on AWS: --backend={chosen} has none")
-        for only, names in Terms.ONLY_FOR.items():
-            if chosen != only and (strange := [f"--{name}" for name in names if f"--{name}" in terms.given()]):
-                raise BadValue(f"{', '.join(strange)}: only --backend={only} has a use for that")
+        for backends_, names in Terms.ONLY_FOR.items():
+            if chosen not in backends_ and (strange := [f"--{x}" for x in names if f"--{x}" in terms.given()]):
+                raise BadValue(f"{', '.join(strange)}: not for --backend={chosen}, only for "
+                               f"{' and '.join(f'--backend={x}' for x in backends_)}")
         wish, backend = Wish(name, config, standing, terms, flags.dry_run), backends.load(chosen)
         layout = backend.lay_out(wish, backend.survey(wish))
         return Plan(name, flags.config, config, chosen, layout, overrides_of(flags), command_of(flags),

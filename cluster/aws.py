@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from cluster import bucket, ec2, ladder, prices
+from cluster import bucket, ec2, ladder, prices, ray_gang
 from cluster.backends import Watch, Wish
 from cluster.ec2 import CallFailed, Cloud, Image, Instance, Network, Type
 from cluster.journal import Journal, owner_name
@@ -103,7 +103,7 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
     if machines.gpus and machines.gpus > max(1, facts.type.gpus):
         raise ValueError(f"machines.gpus={machines.gpus}, but a {facts.type.name} has {facts.type.gpus}")
     nodes = tuple(Node(i, f"node-{i}", ranks, environment(facts, machines.count, ranks),
-                       node_command(wish, i, ranks, "python", "node-0")) for i in range(machines.count))
+                       node_command(wish, i, ranks, "python", f"node-{i}", "node-0")) for i in range(machines.count))
     estimate = estimated(facts, wish.config, ranks * machines.count)
     most_hours = limit_hours(terms, estimate)
     where = f"one of {', '.join(facts.zones)}" if facts.account else "a zone to be chosen"
@@ -113,7 +113,7 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
         str(estimate) if estimate else "price unknown: it is not in the table, and EC2 does not say",
         ("none: the image has the environment" if terms.skip_setup else
          f"stack {facts.stack.name}: {facts.stack.about}") + (f"; {facts.account.image}" if facts.account else ""),
-        tuple(_notes(facts, most_hours)), question(machines.count, facts, estimate, most_hours), facts,
+        (*_notes(facts, most_hours), *ray_gang.notes(wish)), question(machines.count, facts, estimate, most_hours), facts,
         facts.standing)
 
 

@@ -18,7 +18,7 @@ from cluster.backends import Watch, Wish
 from cluster.boot import Limits, user_data
 from cluster.ec2 import CallFailed, Instance, Thing
 from cluster.journal import Journal, home
-from cluster.outfit import Ground, Outfit, place_of
+from cluster.outfit import Ground, Outfit, pages, place_of
 from cluster.plan import Plan
 from cluster.remote import RemoteJob
 from cluster.run import Broken, Refused, Stopped
@@ -301,7 +301,7 @@ class Launch:
     def job(self, shells: Sequence[Shell], launch: str) -> RemoteJob:
         self.ours = []                            # from here on they are the run's
         return RemoteJob(self.plan.run_dir, shells, launch, self.watch, self.gone, self.bye,
-                         tensorboard=self.plan.tensorboard)
+                         pages=pages(self.plan))
 
     def gone(self, nodes: list[int]) -> dict[int, str]:
         there = {x.node: x.state for x in self.cloud.instances(cluster=self.plan.name, owner=self.facts.owner)}

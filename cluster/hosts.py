@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from cluster import reach, ssh
+from cluster import ray_gang, reach, ssh
 from cluster.backends import Watch, Wish
 from cluster.deliver import HOME
 from cluster.journal import Journal, home
-from cluster.outfit import Ground, Outfit, node_command
+from cluster.outfit import Ground, Outfit, node_command, pages
 from cluster.plan import Layout, Node, Plan
 from cluster.remote import RemoteJob
 from cluster.run import Broken, Refused, Stopped
@@ -97,14 +97,14 @@ def lay_out(wish: Wish, machines: tuple[Machine, ...]) -> Layout:
         raise ValueError(f"machines.gpus={asked}, but {min(machines, key=lambda x: x.gpus).name} has {gpus}")
     ranks = asked or max(1, gpus)
     nodes = tuple(Node(i, f"node-{i}", ranks, {"OMP_NUM_THREADS": str(1 if gpus else max(1, x.cores // ranks))},
-                       node_command(wish, i, ranks, "python", "node-0")) for i, x in enumerate(machines))
+                       node_command(wish, i, ranks, "python", f"node-{i}", "node-0")) for i, x in enumerate(machines))
     return Layout(
         nodes=nodes, facts=machines, cost="whatever they cost you: nobody here takes or gives them back",
         machines=", ".join(f"node-{i} is {x.name}" + (f" ({x.gpus} GPUs)" if x.gpus else "")
                            for i, x in enumerate(machines)),
         setup="none: python3 there as it is" if wish.terms.skip_setup else
               f"python3 there if it can train, else ~/{HOME}/venv with torch {machines[0].ground.torch}",
-        notes=tuple(_notes(machines, ranks)))
+        notes=(*_notes(machines, ranks), *ray_gang.notes(wish)))
 
 
 def apply(plan: Plan, watch: Watch) -> RemoteJob:
@@ -132,7 +132,7 @@ def apply(plan: Plan, watch: Watch) -> RemoteJob:
             if isinstance(error, (Trouble, OSError)):
                 raise Broken(f"{error}\nNothing trains there. Once it is mended, the same command goes on.") from error
             raise
-    return RemoteJob(plan.run_dir, shells, launch, watch, tensorboard=plan.tensorboard)
+    return RemoteJob(plan.run_dir, shells, launch, watch, pages=pages(plan))
 
 
 def hosted(run: str) -> list[Shell]:

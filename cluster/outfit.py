@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import bucket, deliver, reach, run, ssh
+from cluster import bucket, deliver, ray_gang, reach, run, ssh
 from cluster.backends import Watch, Wish
 from cluster.deliver import Copy
 from cluster.local import CHECKOUT
@@ -34,9 +34,11 @@ class Ground:
     first_alone: bool = False                     # only node 0 has a way out, to S3 too
 
 
-def node_command(wish: Wish | Plan, node: int, ranks: int, python: str, master: str) -> tuple[str, ...]:
-    """What the supervisor of a node starts, in ~/txl."""
+def node_command(wish: Wish | Plan, node: int, ranks: int, python: str, address: str, master: str) -> tuple[str, ...]:
+    """What the supervisor of a node starts, in ~/txl. `address`: its own among the machines, `master`: node 0's."""
     port = 20000 + zlib.crc32(wish.name.encode()) % 10000         # of this run, so that two may share a machine
+    if wish.terms.ray:
+        return ray_gang.command(python, wish.name, node, address, master, port)
     return torchrun(python, wish.config.recipe.entry, Path("runs", wish.name, "recipe.json"), ranks=ranks,
                     nnodes=wish.config.machines.count, node_rank=node, master_addr=master, master_port=port)
 
@@ -44,6 +46,12 @@ def node_command(wish: Wish | Plan, node: int, ranks: int, python: str, master: 
 def place_of(plan: Plan) -> bucket.Place | None:
     """Where the run is kept in S3."""
     return bucket.parse(plan.terms.bucket) / plan.name if plan.terms.bucket else None
+
+
+def pages(plan: Plan) -> dict[str, int]:
+    """What there is to see on node 0's loopback, and at which port."""
+    return ({"TensorBoard": board_port(plan.name)} if plan.tensorboard else {}) | (
+        {"Ray's dashboard": ray_gang.dashboard_port(plan.name)} if plan.terms.ray else {})
 
 
 class Outfit:
@@ -93,7 +101,7 @@ class Outfit:
             say("Starting the training.")
             launch = uuid.uuid4().hex[:12]
             reach.start(self.shells, plan.run_dir.as_posix(), [self._launch(launch, node, python) for node in
-                                                               plan.layout.nodes], self._records(),
+                                                               plan.layout.nodes], self._records(launch),
                         interrupted=self.interrupted)
         return launch
 
@@ -103,7 +111,7 @@ class Outfit:
         wanted = reach.environment(
             self.ground.torch, self.ground.index_url,
             "".join((CHECKOUT / f"requirements{of}.txt").read_text() for of in ("", "-launch")),
-            more=("boto3",) if terms.needs_s3 else ())
+            more=(*(("boto3",) if terms.needs_s3 else ()), *(ray_gang.PACKAGES if terms.ray else ())))
         here = [path for path in self._inputs() if path.exists()]
         python = ""
 
@@ -188,16 +196,17 @@ class Outfit:
         private = [shell.host.private if shell.host else shell.name for shell in self.shells]
         board = [python, "-m", "tensorboard.main", f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
                  f"--port={board_port(self.plan.name)}"]
-        command = node_command(self.plan, node.rank, node.ranks, python, private[0])
+        command = node_command(self.plan, node.rank, node.ranks, python, private[node.rank], private[0])
         return {"launch": launch, "command": list(command), "env": node.env | self._s3_env(),
                 "private": private[node.rank],
                 "tensorboard": board if self.plan.tensorboard and node.rank == 0 else None,
                 "mirror": self._in_bucket("mirror", node, python) if self.place and self._reaches_s3(node) else None}
 
-    def _records(self) -> dict[str, str]:
+    def _records(self, launch: str) -> dict[str, str]:
         """Files of the run's folder that the machines must have: the recipe, and for the bucket how it came about."""
         names = ("recipe.json", "plan.txt", "command.txt", "commit.txt") if self.place else ("recipe.json",)
-        return {(self.plan.run_dir / name).as_posix(): (self.plan.run_dir / name).read_text() for name in names}
+        records = {(self.plan.run_dir / name).as_posix(): (self.plan.run_dir / name).read_text() for name in names}
+        return records | (ray_gang.told(self.plan, self.plan.layout.ranks, launch) if self.plan.terms.ray else {})
 
     def _s3_env(self) -> dict[str, str]:
         """What leads programs on the machines to S3. Their credentials come from their role."""

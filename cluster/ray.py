@@ -99,7 +99,9 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
                  f"{sum(node.gpus for node in facts.nodes):g} GPUs")
         address, python = facts.address, "python"
         setup = f"none: the cluster's own Python; the run is in {place_of(wish.terms)}/runs/{wish.name} there"
-    job = job_of(wish, facts, ranks, on_gpus)
+    uri = _is_uri(wish.terms.storage_path)
+    job = job_of(wish, ranks, on_gpus, storage=wish.terms.storage_path if uri else None,
+                 root=str(Path.cwd()) if facts.address is None else place_of(wish.terms))
     command = (python, "-m", "cluster.host.ray_driver")
     return Layout(nodes=(Node(0, address, ranks, env, command),), machines=where,
                   cost="$0 here" + ("" if machines.kind == LOCAL else f". The config's own machines, {price(config)}"),
@@ -107,13 +109,13 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
                   standing=_standing_there(wish) if facts.address else None)
 
 
-def job_of(wish: Wish, facts: Facts, ranks: int, on_gpus: bool) -> dict[str, Any]:
-    """What the driver is told, but for the job's `id`. Pure."""
-    storage, least, per_machine = wish.terms.storage_path, wish.terms.min_machines, ranks // wish.config.machines.count
+def job_of(wish: Wish | Plan, ranks: int, on_gpus: bool, *, root: str = HOME,
+           storage: str | None = None) -> dict[str, Any]:
+    """What the driver is told, but for the job's `id`. `root`: the folder of `runs` on the machines. Pure."""
+    least, per_machine = wish.terms.min_machines, ranks // wish.config.machines.count
     return {
         "name": wish.name, "entry": wish.config.recipe.entry, "recipe": to_json(wish.config.recipe),
-        "root": str(Path.cwd()) if facts.address is None else HOME if _is_uri(storage) else storage or HOME,
-        "storage": storage if _is_uri(storage) else None,
+        "root": root, "storage": storage,
         "ranks": ranks, "per_machine": per_machine, "min_ranks": None if least is None else least * per_machine,
         "resources": {"CPU": 1, "GPU": 1} if on_gpus else {"CPU": 1}, "max_failures": MAX_FAILURES}
 
@@ -233,7 +235,7 @@ def _submit(plan: Plan, watch: Watch, dashboard: Dashboard, job: dict[str, Any],
     node = plan.layout.nodes[0]
     dashboard.upload(name, data)
     dashboard.submit(id, " ".join(["exec", *node.command]), name, node.env | {
-        "TXL_JOB": json.dumps(job | {"id": id}), "RAY_JOB_STOP_WAIT_TIME_S": str(SAVE_S), "RAY_DEDUP_LOGS": "0",
+        "TXL_RAY_JOB": json.dumps(job | {"id": id}), "RAY_JOB_STOP_WAIT_TIME_S": str(SAVE_S), "RAY_DEDUP_LOGS": "0",
         "RAY_TRAIN_V2_ENABLED": "1", "PYTHONUNBUFFERED": "1"}, _label(plan.name, job))
     return _training(plan, watch, dashboard, id, keeper, begun=False)
 
@@ -318,7 +320,7 @@ def _notes(wish: Wish, facts: Facts, ranks: int, on_gpus: bool) -> Iterator[str]
                f"memories start empty at each change")
     if facts.address is None and terms.storage_path and not _is_uri(terms.storage_path):
         yield "without effect on a Ray of its own: --storage_path, as the run is in runs/ here"
-    if idle := terms.given("skip_setup", "yes", "detach", *Terms.ONLY_FOR["ray"]):
+    if idle := terms.given("skip_setup", "yes", "detach", *Terms.ONLY_FOR["ray",]):
         yield f"without effect on Ray: {', '.join(idle)}"
 
 

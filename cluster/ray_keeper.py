@@ -92,15 +92,18 @@ def sweep(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def environment(token: str) -> dict[str, str]:
-    """The training's own Python first, no word to Ray's makers, nobody without the token, and nothing but loopback."""
+def environment(token: str, *, alone: bool = True) -> dict[str, str]:
+    """The training's own Python first, no word to Ray's makers, nobody without the token.
+
+    `alone`: nothing but loopback.
+    """
     ours = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     return ours | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
         # Ray puts its node's address in the place of 127.0.0.1, and listens on all, except where it is told that this
         # machine is of a kind that it does not build clusters of.
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(not alone))}
 
 
 def main(argv: list[str]) -> int:

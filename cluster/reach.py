@@ -207,7 +207,7 @@ def fetch(shell: Shell, remote_run: str, local: Path, *, models: bool = False, w
     A log that has grown costs what was added, and is replaced as a whole: who reads it here by name sees no half.
     """
     local.mkdir(parents=True, exist_ok=True)
-    private = ("nodes/*.launch.json", "nodes/*.lock", "nodes/*.kill", "nodes/*.mirror")
+    private = ("nodes/*.launch.json", "nodes/*.lock", "nodes/*.kill", "nodes/*.mirror", "nodes/ray.*")
     shell.get(f"{remote_run}/", f"{local}/", *(f"--exclude=/{name}" for name in (*LAUNCHERS, *private, *without)),
               "--exclude=.*.partial", *([] if models else ["--exclude=*.pt"]), interrupted=interrupted)
 

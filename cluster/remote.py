@@ -7,7 +7,7 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,11 +32,12 @@ class RemoteJob:
     """A run whose supervisors work on machines (cluster.backends.Job).
 
     `gone`: asked with nodes that have been silent; says of each that is no more, why. `bye`: called once at the end.
+    `pages`: by name, ports of node 0's loopback that are to be seen here.
     """
 
     def __init__(self, run_dir: Path, shells: Sequence[Shell], launch: str, watch: Watch,
                  gone: Callable[[list[int]], dict[int, str]] = lambda nodes: {},
-                 bye: Callable[[], None] = lambda: None, *, tensorboard: bool = False):
+                 bye: Callable[[], None] = lambda: None, *, pages: Mapping[str, int] | None = None):
         self.run_dir, self.shells, self.launch, self._watch = run_dir, shells, launch, watch
         self._remote = f"txl/{run_dir.as_posix()}"
         self._gone, self._bye = gone, bye
@@ -51,8 +52,9 @@ class RemoteJob:
         self._ended: set[int] = set()             # nodes that were told to end
         self._of_bucket = [Tail(run_dir / "logs" / f"bucket-{i}.log") for i in range(len(shells))]
         self._over = threading.Event()
-        works: list[Callable[[], None]] = [*(partial(self._follow, i) for i in self._nodes), self._ask,
-                                           self._fetch_models, *([self._keep_tunnel] if tensorboard else [])]
+        works: list[Callable[[], None]] = [
+            *(partial(self._follow, i) for i in self._nodes), self._ask, self._fetch_models,
+            *(partial(self._keep_tunnel, name, port) for name, port in (pages or {}).items())]
         self._threads = [threading.Thread(target=work, daemon=True) for work in works]
         for thread in self._threads:
             thread.start()
@@ -218,23 +220,23 @@ class RemoteJob:
             except (Trouble, OSError) as error:
                 self._watch.say(f"The newest checkpoints could not be fetched: {error}")
 
-    def _keep_tunnel(self) -> None:
-        """TensorBoard at one address here, for as long as this follows; opened again when it breaks."""
+    def _keep_tunnel(self, page: str, there: int) -> None:
+        """A page of node 0's at one address here, for as long as this follows; opened again when it breaks."""
         port, first, told = free_port(), self.shells[0], False
         while not self._over.is_set():
             try:
-                tunnel = ssh.forward(first.config, first.name, port, board_port(self.run_dir.name))
+                tunnel = ssh.forward(first.config, first.name, port, there)
             except Trouble as error:
                 reason = error.reason
             else:
-                self._watch.say(f"TensorBoard: http://127.0.0.1:{port}")
+                self._watch.say(f"{page}: http://127.0.0.1:{port}")
                 told = False
                 while tunnel.poll() is None and not self._over.wait(ssh.POLL_S):
                     pass
                 ssh.end(tunnel)
                 reason = "the tunnel broke"
             if not told and not self._over.wait(ASK_S):
-                self._watch.say(f"TensorBoard is out of reach for now: {reason}")
+                self._watch.say(f"{page} is out of reach for now: {reason}")
             told = True
 
     def _end(self) -> dict[int, Trouble]:

@@ -206,7 +206,7 @@ def _notes(wish: Wish, login: Login, gpus: int) -> Iterator[str]:
         yield f"{gpus} GPUs a node, as a {machines.kind} has; where the cluster's have N:  --set machines.gpus=N"
     if terms.time is None:
         yield "without --time the partition's default limit holds, after which the job queues again"
-    idle = terms.given("yes", "detach", "skip_setup", *Terms.ONLY_FOR["slurm"])
+    idle = terms.given("yes", "detach", "skip_setup", *Terms.ONLY_FOR["slurm",])
     if idle:
         yield f"without effect on Slurm: {', '.join(idle)}"
 

@@ -95,11 +95,13 @@ class Terms:
     ray_address: str | None = None                # of a Ray's dashboard; None: RAY_ADDRESS, or a Ray started here
     storage_path: str | None = None               # where Ray keeps runs: a folder all nodes share, or a URI
     min_machines: int | None = None               # as few as a run on Ray goes on with; None: all of them
+    ray: bool = False                             # Ray is started on the machines, and trains on them
 
-    ONLY_FOR: ClassVar = {                        # the backend that has a use for them
-        "ssh": ("hosts",),
-        "slurm": ("partition", "account", "time", "container_image", "container_mounts", "sbatch"),
-        "ray": ("ray_address", "storage_path", "min_machines"),
+    ONLY_FOR: ClassVar = {                        # the backends that have a use for them
+        ("ssh",): ("hosts",),
+        ("slurm",): ("partition", "account", "time", "container_image", "container_mounts", "sbatch"),
+        ("ray",): ("ray_address", "storage_path", "min_machines"),
+        ("aws", "ssh"): ("ray",),
     }
 
     @property

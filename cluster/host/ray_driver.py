@@ -1,6 +1,6 @@
 """Runs one training on a Ray cluster: the entrypoint of the job that cluster/ray.py submits, in a copy of the checkout.
 
-    python -m cluster.host.ray_driver                  the job is the JSON in TXL_JOB (cluster.ray.job_of)
+    python -m cluster.host.ray_driver                  the job is the JSON in TXL_RAY_JOB (cluster.ray.job_of)
     python -m cluster.host.ray_driver kill JOB         end that job now: Ray's own `stop` lets it save first
 
 Placement, restarts and the dashboard are Ray's, by a TorchTrainer; in each of its workers runs the recipe's own entry,
@@ -28,6 +28,7 @@ from typing import Any
 
 FRAME = "@txl "
 NAMESPACE = "txl"
+NODE_LABEL = "txl-node"                           # of a machine that this project started Ray on: its number
 NEEDED = ("torch", "numpy", "tensorboard", "tokenizers", "pyarrow")
 PIECE_BYTES = 48 << 10                            # of a file, in one frame
 GRACE_S = 15                                      # for the other ranks, when one has said what is wrong
@@ -43,7 +44,7 @@ class CannotStart(Exception):
 def main(argv: list[str]) -> int:
     if argv[:1] == ["kill"]:
         return kill(argv[1])
-    job = json.loads(os.environ["TXL_JOB"])
+    job = json.loads(os.environ["TXL_RAY_JOB"])
     if trouble := unfit():
         say(refused=trouble)
         return 2
@@ -85,6 +86,8 @@ def train(job: dict[str, Any]) -> int:
     storage = job["storage"] or str(folder_of(job).parent)
     scaling = {"resources_per_worker": job["resources"], "use_gpu": "GPU" in job["resources"],
                "placement_strategy": "PACK" if "GPU" in job["resources"] else "SPREAD"}
+    if job.get("pinned"):                         # a rank's part of a checkpoint is on its own machine's disk
+        scaling["label_selector"] = [{NODE_LABEL: str(rank // job["per_machine"])} for rank in range(job["ranks"])]
     try:
         workers = (job["min_ranks"], job["ranks"]) if job["min_ranks"] else job["ranks"]
         scaling_config = ScalingConfig(num_workers=workers, **scaling)

@@ -55,7 +55,8 @@ def start(trio, tmp_path, monkeypatch):
                 {"launch": launch, "command": ["sh", "-c", script], "env": {}, "private": machine.address,
                  "tensorboard": ["python3", "-m", "http.server", "--bind=127.0.0.1", str(board_port(NAME))]
                  if board and not i else None} for i, (script, machine) in enumerate(zip(scripts, trio.all))])
-        jobs.append(RemoteJob(RUN, shells, launch, person, tensorboard=board, **hooks))
+        pages = {"TensorBoard": board_port(NAME)} if board else {}
+        jobs.append(RemoteJob(RUN, shells, launch, person, pages=pages, **hooks))
         return jobs[-1], person
 
     yield started
