@@ -113,8 +113,8 @@ def lay_out(wish: Wish, facts: Facts) -> Layout:
         str(estimate) if estimate else "price unknown: it is not in the table, and EC2 does not say",
         ("none: the image has the environment" if terms.skip_setup else
          f"stack {facts.stack.name}: {facts.stack.about}") + (f"; {facts.account.image}" if facts.account else ""),
-        (*_notes(facts, most_hours), *ray_gang.notes(wish)), question(machines.count, facts, estimate, most_hours), facts,
-        facts.standing)
+        (*_notes(facts, most_hours), *ray_gang.notes(wish)),
+        question(machines.count, facts, estimate, most_hours), facts, facts.standing)
 
 
 def environment(facts: Facts, count: int, ranks: int) -> dict[str, str]:

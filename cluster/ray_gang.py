@@ -36,9 +36,8 @@ def notes(wish: Wish) -> Iterator[str]:
     """What a plan says of it."""
     if wish.terms.ray:
         run = wish.name
-        yield ("Ray is started on the machines and trains by Ray Train: a rank that dies is started again there. Who speaks "
-               "to Ray needs its token, also in the dashboard, which comes here through a tunnel:  python -m cluster "
-               f"cat {run} txl/runs/{run}/{TOKEN}")
+        yield ("Ray is started on the machines, and trains: should a rank die, Ray starts it again. Its dashboard comes "
+               f"here through a tunnel, and asks for the token:  python -m cluster cat {run} txl/runs/{run}/{TOKEN}")
 
 
 def dashboard_port(run: str) -> int:
