@@ -36,8 +36,8 @@ def notes(wish: Wish) -> Iterator[str]:
     """What a plan says of it."""
     if wish.terms.ray:
         run = wish.name
-        yield ("Ray is started on the machines, and trains: should a rank die, Ray starts it again. Its dashboard comes "
-               f"here through a tunnel, and asks for the token:  python -m cluster cat {run} txl/runs/{run}/{TOKEN}")
+        yield ("Ray is started on the machines, and starts a rank that dies again. Its dashboard comes here through a "
+               f"tunnel, and asks for a token:  python -m cluster cat {run} txl/runs/{run}/{TOKEN}")
 
 
 def dashboard_port(run: str) -> int:

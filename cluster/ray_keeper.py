@@ -92,6 +92,27 @@ def sweep(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
+def adopt_orphans() -> None:
+    """From here on, who loses its parent among what this process starts is a child of this one."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def wind_up(ray: subprocess.Popen, folder: Path) -> None:
+    """End a `ray start --block` and all else that this process has started, and remove Ray's folder."""
+    ray.terminate()
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        ray.wait(END_S)
+    while its := descendants(os.getpid()):        # agents of Ray's outlive a raylet that is killed
+        for pid in its:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        time.sleep(.1)
+    sweep(folder)
+
+
 def environment(token: str, *, alone: bool = True) -> dict[str, str]:
     """The training's own Python first, no word to Ray's makers, nobody without the token.
 
@@ -113,7 +134,7 @@ def main(argv: list[str]) -> int:
         told[0] = True
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)           # who loses its parent there is a child of this one
+    adopt_orphans()
     start = json.loads((folder / "start.json").read_text())
     api = dashboard(folder)
     ray = subprocess.Popen(start["command"], stdin=subprocess.DEVNULL, preexec_fn=_die_with_parent,
@@ -130,18 +151,7 @@ def main(argv: list[str]) -> int:
             if time.monotonic() - quiet_since > (LINGER_S if had_work else IDLE_S):
                 break
     finally:
-        ray.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            ray.wait(END_S)
-        while its := descendants(os.getpid()):    # agents of Ray's outlive a raylet that is killed
-            for pid in its:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            with contextlib.suppress(ChildProcessError):
-                while os.waitpid(-1, os.WNOHANG)[0]:
-                    pass
-            time.sleep(.1)
-        sweep(folder)
+        wind_up(ray, folder)
     return 0
 
 

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -31,7 +32,7 @@ from cluster.ray_api import Dashboard, RayNode, Trouble
 JOIN_S = 300                                      # for all machines to be there
 MISSED_S = 90                                     # that one may be missing: Ray waits for ever for another
 TELL_S = 30                                       # for the others to be told of the end
-END_S = 5                                         # for Ray to end by itself
+END_S = 5                                         # for the driver's last words to be read
 LOOK_S = 1
 TOKEN, JOB, ENDED = "nodes/ray.token", "ray_job.json", "nodes/ray.ended"
 
@@ -77,6 +78,8 @@ def main(argv: list[str]) -> int:
     for sign in (signal.SIGTERM, signal.SIGINT):
         signal.signal(sign, lambda *_: asked.set())
     try:
+        if seat.node:
+            meet(seat, asked)
         with ray(seat) as process:
             return lead(seat, process, asked) if seat.node == 0 else join(seat, process, asked)
     except Failed as error:
@@ -84,9 +87,25 @@ def main(argv: list[str]) -> int:
         return 1
 
 
+def meet(seat: Seat, asked: threading.Event) -> None:
+    """Wait until node 0 listens: Ray itself gives up on a head that is late. Raises Failed."""
+    host, _, port = seat.head.rpartition(":")
+    deadline = time.monotonic() + JOIN_S
+    while not asked.is_set():
+        try:
+            socket.create_connection((host, int(port)), LOOK_S).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise Failed(f"Nothing answers at {seat.head}, where node 0 is to be, after {JOIN_S} s: {error}"
+                             ) from error
+        time.sleep(LOOK_S / 4)
+
+
 @contextlib.contextmanager
 def ray(seat: Seat) -> Iterator[subprocess.Popen[bytes]]:
     """Ray's processes on this machine, gone when this ends. Raises Failed with Ray's last words."""
+    ray_keeper.adopt_orphans()
     folder = Path(tempfile.mkdtemp(prefix="txl-ray-", dir="/tmp"))        # names of sockets are short
     with open(folder / "log", "wb") as log:
         process = subprocess.Popen(command(seat, folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
@@ -94,13 +113,12 @@ def ray(seat: Seat) -> Iterator[subprocess.Popen[bytes]]:
     try:
         yield process
     except Failed as error:
+        if process.poll() is None:
+            raise
         words = (folder / "log").read_text(errors="replace").splitlines()[-8:]
-        raise Failed("\n  ".join([str(error), *words])) from error
+        raise Failed("\n  ".join([f"{error} Its last words:", *words])) from error
     finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(END_S)
-        ray_keeper.sweep(folder)
+        ray_keeper.wind_up(process, folder)
 
 
 def command(seat: Seat, folder: Path) -> list[str]:
@@ -132,7 +150,7 @@ def lead(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event) -
         time.sleep(LOOK_S)
         if process.poll() is not None:
             driver.kill()
-            raise Failed(f"Ray has ended on this machine, with status {process.returncode}. Its last words:")
+            raise Failed(f"Ray has ended on this machine, with status {process.returncode}.")
         if asked.is_set() and not told:
             driver.terminate()
             told = True
@@ -142,7 +160,7 @@ def lead(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event) -
         elif time.monotonic() > whole_at + MISSED_S:
             driver.kill()
             tell(seat, 1)
-            raise Failed(f"{seat.count - len(there)} of {seat.count} machines have left Ray. Its last words:")
+            raise Failed(f"{seat.count - len(there)} of {seat.count} machines have left Ray.")
     reader.join(END_S)
     status = driver.returncode if driver.returncode >= 0 else 128 - driver.returncode
     tell(seat, status)
@@ -157,10 +175,10 @@ def joined(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event)
         if len(there) >= seat.count:
             return there
         if process.poll() is not None:
-            raise Failed(f"Ray did not start on this machine: status {process.returncode}. Its last words:")
+            raise Failed(f"Ray did not start on this machine: status {process.returncode}.")
         if time.monotonic() > deadline:
             raise Failed(f"After {JOIN_S} s {len(there)} of {seat.count} machines have joined Ray. The other machines' "
-                         f"logs say why. Its last words here:")
+                         f"logs say why.")
         time.sleep(LOOK_S / 4)
     return []
 
@@ -175,7 +193,7 @@ def join(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event) -
         if asked.is_set():
             return 128 + signal.SIGTERM
         if process.poll() is not None:
-            raise Failed(f"Ray has ended on this machine, with status {process.returncode}. Its last words:")
+            raise Failed(f"Ray has ended on this machine, with status {process.returncode}.")
         time.sleep(LOOK_S)
 
 
