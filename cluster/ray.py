@@ -318,6 +318,8 @@ def _notes(wish: Wish, facts: Facts, ranks: int, on_gpus: bool) -> Iterator[str]
     if terms.min_machines is not None:
         yield (f"elastic: it goes on with {terms.min_machines} to {machines.count} machines, as many as there are; "
                f"memories start empty at each change")
+    if facts.address is None and machines.kind != LOCAL:
+        yield f"for a Ray on {machines.count} x {machines.kind} of AWS:  --backend=aws --ray"
     if facts.address is None and terms.storage_path and not _is_uri(terms.storage_path):
         yield "without effect on a Ray of its own: --storage_path, as the run is in runs/ here"
     if idle := terms.given("skip_setup", "yes", "detach", *Terms.ONLY_FOR["ray",]):

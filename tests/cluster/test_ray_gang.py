@@ -16,6 +16,7 @@ from threading import Event
 
 import pytest
 
+import launch
 from cluster import ray_gang
 from cluster.backends import Wish
 from cluster.driven import Launcher
@@ -25,7 +26,8 @@ from cluster.local import free_port
 from cluster.run import NEW
 from cluster.spec import Terms
 from configs import tiny
-from engine.values import override, to_json
+from engine.cli import parse
+from engine.values import BadValue, override, to_json
 from tests.cluster import ray_bench
 from tests.cluster.contract_cases import ssh
 from tests.cluster.sshd import LACKS
@@ -194,3 +196,11 @@ def test_who_does_not_come_is_waited_for_in_vain(tmp_path, monkeypatch, node, sa
         with pytest.raises(Failed, match=re.escape(said)):
             ray_node.meet(seat, Event()) if node else ray_node.joined(seat, process, Event())
         process.kill()
+
+
+@pytest.mark.parametrize("backend", ["local", "slurm", "ray"])
+def test_it_is_for_machines_that_a_launch_starts_things_on(tmp_path, monkeypatch, backend):
+    monkeypatch.chdir(tmp_path)
+    flags = parse(launch.Flags, ["--config=tiny", f"--backend={backend}", "--ray"], prog="", about="")
+    with pytest.raises(BadValue, match=re.escape(f"--ray: not for --backend={backend}, only for --backend=aws and")):
+        launch.make_plan(flags, tiny)
