@@ -102,6 +102,12 @@ def wind_up(ray: subprocess.Popen, folder: Path) -> None:
     ray.terminate()
     with contextlib.suppress(subprocess.TimeoutExpired):
         ray.wait(END_S)
+    end_descendants()
+    sweep(folder)
+
+
+def end_descendants() -> None:
+    """All that this process has started."""
     while its := descendants(os.getpid()):        # agents of Ray's outlive a raylet that is killed
         for pid in its:
             with contextlib.suppress(ProcessLookupError):
@@ -110,7 +116,6 @@ def wind_up(ray: subprocess.Popen, folder: Path) -> None:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(.1)
-    sweep(folder)
 
 
 def environment(token: str, *, alone: bool = True) -> dict[str, str]:

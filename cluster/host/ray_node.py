@@ -19,7 +19,6 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ MISSED_S = 90                                     # that one may be missing: Ray
 TELL_S = 30                                       # for the others to be told of the end
 END_S = 5                                         # for the driver's last words to be read
 LOOK_S = 1
+RUNS = "Ray runtime started"                      # how `ray start` says so
 TOKEN, JOB, ENDED = "nodes/ray.token", "ray_job.json", "nodes/ray.ended"
 
 
@@ -80,8 +80,8 @@ def main(argv: list[str]) -> int:
     try:
         if seat.node:
             meet(seat, asked)
-        with ray(seat) as process:
-            return lead(seat, process, asked) if seat.node == 0 else join(seat, process, asked)
+        with Ray(seat) as ray:
+            return lead(seat, ray, asked) if seat.node == 0 else join(seat, ray, asked)
     except Failed as error:
         print(error, flush=True)
         return 1
@@ -102,23 +102,37 @@ def meet(seat: Seat, asked: threading.Event) -> None:
         time.sleep(LOOK_S / 4)
 
 
-@contextlib.contextmanager
-def ray(seat: Seat) -> Iterator[subprocess.Popen[bytes]]:
-    """Ray's processes on this machine, gone when this ends. Raises Failed with Ray's last words."""
-    ray_keeper.adopt_orphans()
-    folder = Path(tempfile.mkdtemp(prefix="txl-ray-", dir="/tmp"))        # names of sockets are short
-    with open(folder / "log", "wb") as log:
-        process = subprocess.Popen(command(seat, folder), stdin=subprocess.DEVNULL, stdout=log, stderr=log,
-                                   env=seat.env)
-    try:
-        yield process
-    except Failed as error:
-        if process.poll() is None:
-            raise
-        words = (folder / "log").read_text(errors="replace").splitlines()[-8:]
-        raise Failed("\n  ".join([f"{error} Its last words:", *words])) from error
-    finally:
-        ray_keeper.wind_up(process, folder)
+class Ray:
+    """`ray start --block` on this machine; when this ends, all of Ray is gone here."""
+
+    def __init__(self, seat: Seat):
+        ray_keeper.adopt_orphans()
+        self._seat, self._until = seat, time.monotonic() + JOIN_S
+        self._folder = Path(tempfile.mkdtemp(prefix="txl-ray-", dir="/tmp"))      # names of sockets are short
+        self._start()
+
+    def __enter__(self) -> Ray:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray_keeper.wind_up(self._process, self._folder)
+
+    def check(self) -> None:
+        """Raises Failed where it has ended. One that has not got as far as to run is started again: Ray gives its parts
+        30 s, which is too little on a machine that is busy, or for a head that is."""
+        if self._process.poll() is None:
+            return
+        words = (self._folder / "log").read_text(errors="replace")
+        if RUNS in words or time.monotonic() > self._until:
+            said = f"Ray has ended on this machine, with status {self._process.returncode}. Its last words:"
+            raise Failed("\n  ".join([said, *words.splitlines()[-8:]]))
+        ray_keeper.end_descendants()
+        self._start()
+
+    def _start(self) -> None:
+        with open(self._folder / "log", "wb") as log:
+            self._process = subprocess.Popen(command(self._seat, self._folder), stdin=subprocess.DEVNULL, stdout=log,
+                                             stderr=log, env=self._seat.env)
 
 
 def command(seat: Seat, folder: Path) -> list[str]:
@@ -132,9 +146,9 @@ def command(seat: Seat, folder: Path) -> list[str]:
             f"--object-store-memory={ray_keeper.STORE_BYTES}"]
 
 
-def lead(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event) -> int:
+def lead(seat: Seat, ray: Ray, asked: threading.Event) -> int:
     """Node 0: the training's exit status. Raises Failed."""
-    nodes = joined(seat, process, asked)
+    nodes = joined(seat, ray, asked)
     if asked.is_set():
         return 128 + signal.SIGTERM
     job = seat.job
@@ -148,9 +162,7 @@ def lead(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event) -
     whole_at, told = time.monotonic(), False
     while driver.poll() is None:
         time.sleep(LOOK_S)
-        if process.poll() is not None:
-            driver.kill()
-            raise Failed(f"Ray has ended on this machine, with status {process.returncode}.")
+        ray.check()
         if asked.is_set() and not told:
             driver.terminate()
             told = True
@@ -158,7 +170,6 @@ def lead(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event) -
         if there is None or len(there) >= seat.count:
             whole_at = time.monotonic()
         elif time.monotonic() > whole_at + MISSED_S:
-            driver.kill()
             tell(seat, 1)
             raise Failed(f"{seat.count - len(there)} of {seat.count} machines have left Ray.")
     reader.join(END_S)
@@ -167,15 +178,14 @@ def lead(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event) -
     return status
 
 
-def joined(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event) -> list[RayNode]:
+def joined(seat: Seat, ray: Ray, asked: threading.Event) -> list[RayNode]:
     """All machines, once they are there. Raises Failed."""
     deadline = time.monotonic() + JOIN_S
     while not asked.is_set():
         there = alive(seat) or []
         if len(there) >= seat.count:
             return there
-        if process.poll() is not None:
-            raise Failed(f"Ray did not start on this machine: status {process.returncode}.")
+        ray.check()
         if time.monotonic() > deadline:
             raise Failed(f"After {JOIN_S} s {len(there)} of {seat.count} machines have joined Ray. The other machines' "
                          f"logs say why.")
@@ -183,7 +193,7 @@ def joined(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event)
     return []
 
 
-def join(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event) -> int:
+def join(seat: Seat, ray: Ray, asked: threading.Event) -> int:
     """Another machine: what node 0 says that the status is. Raises Failed where Ray ends before."""
     while True:
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -192,8 +202,7 @@ def join(seat: Seat, process: subprocess.Popen[bytes], asked: threading.Event) -
                 return said["status"]
         if asked.is_set():
             return 128 + signal.SIGTERM
-        if process.poll() is not None:
-            raise Failed(f"Ray has ended on this machine, with status {process.returncode}.")
+        ray.check()
         time.sleep(LOOK_S)
 
 

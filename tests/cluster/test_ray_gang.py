@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from threading import Event
 
 import pytest
 
@@ -20,8 +19,7 @@ import launch
 from cluster import ray_gang
 from cluster.backends import Wish
 from cluster.driven import Launcher
-from cluster.host import ray_node
-from cluster.host.ray_node import ENDED, TOKEN, Failed, Seat
+from cluster.host.ray_node import ENDED, TOKEN
 from cluster.local import free_port
 from cluster.run import NEW
 from cluster.spec import Terms
@@ -187,15 +185,32 @@ def test_what_the_trainer_calls_wrong_is_the_status_on_every_machine(seats):
     assert json.loads((both.homes[1] / "txl/runs/x" / ENDED).read_text())["status"] == 1
 
 
-@pytest.mark.parametrize(("node", "said"), [
-    (0, "After 0 s 0 of 2 machines have joined Ray. "), (1, "Nothing answers at 127.0.0.1:9, where node 0 is to be")])
-def test_who_does_not_come_is_waited_for_in_vain(tmp_path, monkeypatch, node, said):
-    monkeypatch.setattr(ray_node, "JOIN_S", 0)
-    seat = Seat(tmp_path, node, "127.0.0.1", "127.0.0.1:9", {"ranks": 2, "per_machine": 1, "dashboard_port": 9}, "")
-    with subprocess.Popen(["sleep", "60"]) as process:
-        with pytest.raises(Failed, match=re.escape(said)):
-            ray_node.meet(seat, Event()) if node else ray_node.joined(seat, process, Event())
-        process.kill()
+# ray_node, where something else stands for `ray start`, and all is to be there within 2 s.
+FAKED = """
+import sys
+from cluster.host import ray_node
+ray_node.JOIN_S, ray_node.command = 2, lambda *_: ["sh", "-c", sys.argv[1]]
+sys.exit(ray_node.main(sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize(("node", "ray", "said", "tries"), [
+    (0, "exec sleep 60", "After 2 s 0 of 2 machines have joined Ray.", {1}),
+    (1, "exec sleep 60", "Nothing answers at 127.0.0.1:9, where node 0 is to be, after 2 s", {0}),
+    (0, "exit 7", "Ray has ended on this machine, with status 7.", set(range(2, 20))),
+    (0, "echo Ray runtime started.; exit 7", "Ray has ended on this machine, with status 7.", {1}),
+])
+def test_who_does_not_come_is_waited_for_in_vain_and_a_ray_that_has_not_run_is_started_again(
+        tmp_path, node, ray, said, tries):
+    (tmp_path / "x/nodes").mkdir(parents=True)
+    (tmp_path / "x/nodes/ray.token").write_text("secret")
+    (tmp_path / "x/ray_job.json").write_text(json.dumps({"ranks": 2, "per_machine": 1, "dashboard_port": 9}))
+    done = subprocess.run([sys.executable, "-c", FAKED, f"echo >> tries; {ray}", "x", f"--node={node}",
+                           "--address=127.0.0.1", "--head=127.0.0.1:9"], cwd=tmp_path, capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(CHECKOUT)}, timeout=LAUNCH_S)
+    assert (done.returncode, said in done.stdout) == (1, True), done
+    log = tmp_path / "tries"
+    assert (len(log.read_text().splitlines()) if log.exists() else 0) in tries
 
 
 @pytest.mark.parametrize("backend", ["local", "slurm", "ray"])
