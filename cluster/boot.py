@@ -93,18 +93,19 @@ class Limits:
                 raise ValueError(f"{name} is {limit:g}: it must be above 0, and a machine does not live for ever")
 
 
-def user_data(limits: Limits, public_key: str) -> str:
-    """What cloud-init gets: the watchdog, started first at every boot, and who may log in. Nothing in it is secret.
+def user_data(limits: Limits, *keys: str) -> str:
+    """What cloud-init gets: the watchdog, started first at every boot, and who may log in, as authorized_keys has it.
+    Nothing in it is secret.
 
-    Raises ValueError where that is not a public key, or all is more than EC2 takes.
+    Raises ValueError where one is not a public key, or all is more than EC2 takes.
     """
-    if not re.fullmatch(r"(ssh|ecdsa|sk)-\S+ [A-Za-z0-9+/=]+( [^\n]*)?", public_key.strip()):
+    if not all(re.fullmatch(r"(restrict )?(ssh|ecdsa|sk)-\S+ [A-Za-z0-9+/=]+( [^\n]*)?", key.strip()) for key in keys):
         raise ValueError("this is not the public half of an SSH key, one line of type, key and comment (id_….pub)")
     # The launch's key pair, if it has one, is a label: whoever may make key pairs in the account gets in by none.
-    keys = {"ssh_authorized_keys": [public_key.strip()], "allow_public_ssh_keys": False}           # JSON is YAML
+    access = {"ssh_authorized_keys": [key.strip() for key in keys], "allow_public_ssh_keys": False}
     parts = MIMEMultipart(boundary="==txl==")
     parts.attach(MIMEText(_boothook(limits), "cloud-boothook", "us-ascii"))
-    parts.attach(MIMEText(f"#cloud-config\n{json.dumps(keys)}\n", "cloud-config", "us-ascii"))
+    parts.attach(MIMEText(f"#cloud-config\n{json.dumps(access)}\n", "cloud-config", "us-ascii"))       # which is YAML
     text = parts.as_string()
     if len(text) > LIMIT_BYTES:
         raise ValueError(f"user-data has {len(text)} bytes, EC2 takes {LIMIT_BYTES}: {WATCHDOG.name} must be smaller")

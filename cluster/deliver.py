@@ -5,21 +5,19 @@ The functions raise ssh.Trouble, which names the machines, and ssh.Interrupted.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import re
 import shlex
 import sys
 import tempfile
-import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
+from cluster import among
 from cluster.ssh import (
     COPY_S,
-    NAME,
     RSYNC,
     Failed,
     Shell,
@@ -27,8 +25,6 @@ from cluster.ssh import (
     TimedOut,
     Trouble,
     Unreachable,
-    config_text,
-    each,
     never,
     run_here,
     wordless,
@@ -65,19 +61,6 @@ for word in sys.stdin.buffer.read().split(b"\\0")[:-1]:
             print(digest.hexdigest())
     except OSError as error:
         print(error.strerror)
-"""
-
-# The files of standard input, {path: text}, each there as a whole or not at all, and for nobody else to read.
-WRITE = """
-import json, os, sys
-os.umask(0o077)
-for path, text in json.load(sys.stdin).items():
-    folder, name = os.path.split(path)
-    beside = os.path.join(folder, "." + name + ".partial")
-    os.makedirs(folder or ".", 0o755, exist_ok=True)
-    with open(beside, "w") as file:
-        file.write(text)
-    os.replace(beside, path)
 """
 
 # At node 0, for the machine $1: all copies over one connection, which ends by itself. It is opened apart from them, as
@@ -153,7 +136,7 @@ def bring(shells: Sequence[Shell], parcels: Sequence[Parcel], *, made: Callable[
 
     `made`: called once node 0 has the parcels; what is made there of them, for the others as well.
     """
-    introduce(shells, interrupted)
+    shells = among.introduce(shells, interrupted)
     sent = [_to_first(shells[0], parcel, say, interrupted) for parcel in parcels]
     spread(shells, [*map(_copy, parcels), *made()], interrupted)
     wrong = _wrong(shells, parcels, sent, interrupted)
@@ -193,38 +176,8 @@ def differing(paths: Sequence[str], ours: Sequence[str], theirs: Sequence[str]) 
     return f"{len(wrong)} of {len(paths)} files are not as sent: {', '.join(map(repr, wrong[:3]))}" if wrong else None
 
 
-def introduce(shells: Sequence[Shell], interrupted: Callable[[], bool] = never) -> None:
-    """Let node 0 into the others, with a key of its own, and tell it their host keys as we know them."""
-    first, *others = shells
-    if not others:
-        return
-    public = first.run("umask 077; mkdir -p .ssh/txl && cd .ssh/txl && { [ -f id_ed25519.pub ] || "
-                       "{ rm -f id_ed25519 && ssh-keygen -q -t ed25519 -N '' -C txl-node-0 -f id_ed25519; }; } && "
-                       "cat id_ed25519.pub", interrupted=interrupted).out.strip()
-    line = shlex.quote(f"restrict {public}")      # commands, and nothing that a person would do with it
-    admit = (f"umask 077; mkdir -p .ssh && cd .ssh && {{ grep -qxF {line} authorized_keys || "
-             f"printf '\\n%s\\n' {line} >> authorized_keys; }}")
-    each(others, lambda shell: shell.run(admit, interrupted=interrupted), name=NAME)
-    settings = run_here(["ssh", "-G", "-F", str(first.config), first.name], first.name, "ssh -G", 10).out
-    hosts = [shell.host for shell in others if shell.host]
-    # A connection is named by its machine, as another may be node 1 while it still lasts.
-    config = config_text({host.name: {
-        "HostName": host.private, "HostKeyAlias": host.alias,
-        **{name: value for name, value in host.settings if name in ("User", "Port")},
-        "ControlPath": f".ssh/txl/{zlib.crc32(f'{host.alias} {host.private}'.encode()):08x}"}
-        for host in hosts} | {"*": {
-        "Port": dict(line.split(" ", 1) for line in settings.splitlines())["port"],
-        "IdentityFile": ".ssh/txl/id_ed25519", "IdentitiesOnly": "yes", "UserKnownHostsFile": ".ssh/txl/known_hosts",
-        "StrictHostKeyChecking": "yes", "BatchMode": "yes", "ConnectTimeout": 10, "ServerAliveInterval": 5,
-        "ServerAliveCountMax": 3, "LogLevel": "ERROR"}})
-    aliases = {host.alias for host in hosts}
-    known = [line for line in first.config.with_name("known_hosts").read_text().splitlines(keepends=True)
-             if line.split(" ", 1)[0] in aliases]
-    write(first, {".ssh/txl/config": config, ".ssh/txl/known_hosts": "".join(known)}, interrupted)
-
-
 def spread(shells: Sequence[Shell], copies: Sequence[Copy], interrupted: Callable[[], bool] = never) -> None:
-    """From node 0, which must be introduced, to the others, 8 at once. Not packed: their network is faster."""
+    """From node 0, acquainted with them, to the others, 8 at once. Not packed: their network is faster."""
     first, *others = shells
     if not others or not copies:
         return
@@ -249,11 +202,6 @@ def below_code(path: Path) -> Copy:
     return Copy(f"{HOME}/{path.as_posix()}", f"{HOME}/{path.parent.as_posix()}/")
 
 
-def write(shell: Shell, files: Mapping[str, str], interrupted: Callable[[], bool] = never) -> None:
-    """{path: text} below the home: whole or not at all, mode 0600, by standard input, as a text may be a secret."""
-    shell.run(f"python3 -c {shlex.quote(WRITE)}", input=json.dumps(files), interrupted=interrupted)
-
-
 def _copy(parcel: Parcel) -> Copy:
     return Copy(f"{parcel.target}/{parcel.name}", f"{parcel.target}/", parcel.options)
 
@@ -274,8 +222,8 @@ def _wrong(shells: Sequence[Shell], parcels: Sequence[Parcel], sent: Sequence[Co
     """The machines where something else is now than was sent."""
     asked = "".join(_listed(parcel, parcel.target, ours.paths, ours.hashed) for parcel, ours in zip(parcels, sent))
     command = f"python3 -c {shlex.quote(DIGESTS)}"
-    theirs = each(shells, lambda shell: shell.run(command, input=asked, timeout_s=1800,
-                                                  interrupted=interrupted).out.splitlines(), name=NAME)
+    theirs = [said.out.splitlines() for said in among.run(shells, command, [asked] * len(shells), timeout_s=1800,
+                                                          interrupted=interrupted)]
     paths = [path for ours in sent for path in ours.paths]
     digests = [digest for ours in sent for digest in ours.digests]
     return {shell.name: Trouble(shell.name, reason) for shell, found in zip(shells, theirs)

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from cluster import bucket, doors, ec2, ladder, reach, ready, ssh
+from cluster import among, bucket, doors, ec2, ladder, reach, ready, ssh
 from cluster.aws import Facts, config_hash, estimated, limit_hours, refuse_others, uses_efa
 from cluster.backends import Watch, Wish
 from cluster.boot import Limits, user_data
@@ -126,7 +126,8 @@ class Launch:
         profile = self.profile(tags)              # first: EC2 takes a while to know it
         group = self.security_group(tags)
         placement = self.cloud.placement_group(self.group_name, tags) if self.count > 1 else None
-        public_key = ssh.key(home()).with_suffix(".pub").read_text().strip()
+        keys = [ssh.key(home()).with_suffix(".pub").read_text(),
+                *([among.admission(self.journal.folder)] if self.count > 1 else [])]
         attempts: list[ladder.Attempt] = []
         ondemand, why_not = self.ondemand_allowed()
         give_up_at = time.time() + 60 * self.terms.wait
@@ -150,7 +151,7 @@ class Launch:
             request = ec2.run_instances_request(
                 kind=facts.type, count=self.count, market=move.market, zone=move.zone,
                 subnet=self.account.network.subnets[move.zone], group=group, placement=placement,
-                image=self.account.image, disk_gib=self.terms.disk_gib, user_data=user_data(limits, public_key),
+                image=self.account.image, disk_gib=self.terms.disk_gib, user_data=user_data(limits, *keys),
                 tags=tags, token=token, profile=profile, key_pair=self.account.key_pair)
             if price_cap is not None:
                 request["InstanceMarketOptions"]["SpotOptions"]["MaxPrice"] = f"{price_cap:.4f}"
@@ -286,12 +287,13 @@ class Launch:
             self.await_ready(shells, replace(needs, gpus=0, efa=False))
             self.watch.say("Installing what the image lacks: minutes.")
             self.install(shells, script)
-        self.await_ready(shells, needs)
+        shells = self.await_ready(shells, needs)
         self.ready = True
         return shells
 
-    def await_ready(self, shells: list[Shell], needs: ready.Needs) -> None:
-        ready.wait_ready(shells, needs, deadline_s=READY_S, say=self.watch.say, interrupted=self.watch.interrupted)
+    def await_ready(self, shells: list[Shell], needs: ready.Needs) -> list[Shell]:
+        return ready.wait_ready(shells, needs, deadline_s=READY_S, say=self.watch.say,
+                                interrupted=self.watch.interrupted)
 
     def install(self, shells: list[Shell], script: str) -> None:
         with reach.holding(shells):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster import bucket, deliver, ray_gang, reach, run, ssh
+from cluster import among, bucket, deliver, ray_gang, reach, run, ssh
 from cluster.backends import Watch, Wish
 from cluster.deliver import Copy
 from cluster.local import CHECKOUT
@@ -67,10 +67,9 @@ class Outfit:
         The rest of a training that has failed elsewhere is ended.
         """
         run_dir = f"{deliver.HOME}/{self.plan.run_dir.as_posix()}"
-        script = (f"cd {run_dir} 2>/dev/null || exit 0; cat nodes/$N.json; echo; "
-                  f"flock -n nodes/$N.lock true && echo idle || echo busy; cat status.json 2>/dev/null; echo")
-        said = ssh.each(range(len(self.shells)),
-                        lambda i: self.shells[i].run(f"N={i}; {script}").out.splitlines(), name=self._name)
+        script = (f"cd {run_dir} 2>/dev/null || exit 0; cat nodes/$node.json; echo; "
+                  f"flock -n nodes/$node.lock true && echo idle || echo busy; cat status.json 2>/dev/null; echo")
+        said = [answer.out.splitlines() for answer in among.run(self.shells, script)]
         nodes = [parsed(lines[0]) if lines else {} for lines in said]
         launches = {node.get("launch", "") for node in nodes}
         busy = [len(lines) > 1 and lines[1] == "busy" for lines in said]
@@ -89,6 +88,7 @@ class Outfit:
         """Everything there, then all supervisors at once. Returns the launch that they work for."""
         plan, say = self.plan, self.say
         run.record(plan.run_dir, plan.config.recipe, str(plan), plan.command, plan.overrides, CHECKOUT)
+        self.shells = among.introduce(self.shells, self.interrupted)
         with reach.holding(self.shells):
             python = self._brought()
             if plan.standing.place:               # what is there already stays: the further one comes first

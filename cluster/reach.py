@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.deliver import HOME, Copy, spread, write
+from cluster import among
+from cluster.deliver import HOME, Copy, spread
 from cluster.ssh import NAME, Failed, Interrupted, Shell, SomeFailed, Trouble, each, never
 
 TRAINING = ("numpy", "tensorboard", "tokenizers", "fire")        # what it imports beside torch; fire: txl.data
@@ -56,7 +57,7 @@ def hold(shells: Sequence[Shell], interrupted: Callable[[], bool] = never) -> No
     """Tell the watchdogs that somebody is at work here; for a while, they keep their machines on."""
     folder, text = '"${TXL_ROOT:-}/var/lib/txl/lease"', str(time.time_ns())
     command = f"if [ -d {folder} ]; then echo {text} > {folder}/hold; fi"
-    each(shells, lambda shell: shell.run(command, interrupted=interrupted), name=NAME)
+    among.run(shells, command, interrupted=interrupted)
 
 
 @contextlib.contextmanager
@@ -178,18 +179,13 @@ def start(shells: Sequence[Shell], run_dir: str, launches: Sequence[Mapping], fi
 
     run_dir: runs/NAME. A request to end that an earlier launch left is withdrawn.
     """
-    def give(i: int) -> None:
-        write(shells[i], {f"{HOME}/{path}": text for path, text in
-                          {**(files or {}), f"{run_dir}/nodes/{i}.launch.json": json.dumps(launches[i])}.items()},
-              interrupted)
-
-    def begin(i: int) -> None:
-        shells[i].run(f"cd {HOME} && rm -f {shlex.quote(f'{run_dir}/nodes/{i}.kill')} && "
-                      + shlex.join([python3, "cluster/host/supervisor.py", "--detach", run_dir, str(i)]),
-                      timeout_s=60, interrupted=interrupted)
-
-    for step in (give, begin):
-        each(range(len(shells)), step, name=lambda i: shells[i].name)
+    among.write(shells, [{f"{HOME}/{path}": text for path, text in
+                          {**(files or {}), f"{run_dir}/nodes/{i}.launch.json": json.dumps(launch)}.items()}
+                         for i, launch in enumerate(launches)], interrupted)
+    nodes = shlex.quote(f"{run_dir}/nodes")
+    among.run(shells, f"cd {HOME} && rm -f {nodes}/$node.kill && "
+                      f"{shlex.join([python3, 'cluster/host/supervisor.py', '--detach', run_dir])} $node",
+              timeout_s=60, interrupted=interrupted)
 
 
 def trains(shells: Sequence[Shell], run: str, timeout_s: float = 60) -> list[bool]:
@@ -230,13 +226,10 @@ def _lacking(others: Sequence[Shell], wanted: Environment, python: str,
     """Which of the others cannot train with it, and why; None: all can, and have it on record."""
     record = f" && echo {wanted.stamp} > venv/stamp" if python == VENV else ""
 
-    def check(shell: Shell) -> str | None:
-        result = shell.run(f"cd {HOME} && {wanted.check(python)}{record}", check=False, timeout_s=300,
-                           interrupted=interrupted)
-        return _last_line(result.err) if result.status else None
-
-    reasons = each(others, check, name=NAME)
-    lacking = {shell.name: Trouble(shell.name, reason) for shell, reason in zip(others, reasons) if reason}
+    results = among.run(others, f"cd {HOME} && {wanted.check(python)}{record}", check=False, timeout_s=300,
+                        interrupted=interrupted)
+    lacking = {shell.name: Trouble(shell.name, _last_line(result.err)) for shell, result in zip(others, results)
+               if result.status}
     return SomeFailed(lacking, len(others)) if lacking else None
 
 

@@ -1,16 +1,19 @@
 """Whether a machine that was started is fit for work: it answers, has booted, and has what it should."""
 from __future__ import annotations
 
+import math
 import shlex
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.ssh import NAME, Denied, Interrupted, Shell, TimedOut, Trouble, Unreachable, each, never
+from cluster import among
+from cluster.ssh import Interrupted, Result, Shell, SomeFailed, TimedOut, Trouble, Unreachable, never
 
 PATIENCE_S = 60                                   # for what is wrong with a machine that has booted, as it may settle
 CLOCK_S = 5                                       # between a machine's clock and ours
-BOOTING = "cloud-init is still at work"
+LOOK_S = 180                                      # for one answer, of which cloud-init and drivers take their part
+BOOTING, SILENT = "cloud-init is still at work", "it does not answer"
 PROBE = """
 set -f
 PATH=$PATH:/opt/amazon/efa/bin
@@ -51,40 +54,49 @@ class NotReady(Trouble):
 
 def wait_ready(shells: Sequence[Shell], needs: Needs, *, deadline_s: float, say: Callable[[str], None] = print,
                interrupted: Callable[[], bool] = never, clock_now: Callable[[], float] = time.time,
-               patience_s: float = PATIENCE_S) -> None:
-    """Until every machine answers, has booted, and is as needed. Raises SomeFailed of all that are not by then.
+               patience_s: float = PATIENCE_S) -> list[Shell]:
+    """Until every machine answers, has booted, and is as needed: node 0, and by it the others, which let it in.
 
-    What is wrong once a machine has booted is given `patience_s` to settle, a key not accepted as well: then waiting
-    on would only cost. Silence is given the whole of `deadline_s`.
+    Returns shells that know of that. Raises SomeFailed of all that are not ready by then. What is wrong once a machine
+    has booted is given `patience_s` to settle, a key not accepted as well: then waiting on would only cost. Silence is
+    given the whole of `deadline_s`.
     """
     began = time.monotonic()
 
-    def wait(shell: Shell) -> None:
-        reason, wrong_since = None, None
-        while True:
-            left, sent = began + deadline_s - time.monotonic(), clock_now()
-            try:
-                answer = shell.run(probe(needs), check=False, tied=True, timeout_s=max(1, min(180, left)),
-                                   interrupted=interrupted)
-                reason = shortcoming(answer.out, needs, sent, clock_now())
-                settles = reason != BOOTING
-            except Denied as error:
-                reason, settles = error.reason, True
-            except Unreachable as error:
-                reason, settles = error.reason, False
-            except TimedOut:
-                reason, settles = reason or "it does not answer", False
-            now = time.monotonic()
-            if reason is None:
-                return say(f"{shell.name} is ready ({now - began:.0f} s)")
-            wrong_since = (wrong_since or now) if settles else None
-            if now - began > deadline_s:
-                raise NotReady(shell.name, f"not ready after {deadline_s:g} s: {reason}")
-            if wrong_since and now - wrong_since >= patience_s:
-                raise NotReady(shell.name, reason)
-            _pause(1, interrupted)
+    def wait(group: Sequence[Shell]) -> dict[str, Trouble]:
+        """Why those of them are not ready that are not in time."""
+        pending, errors = {shell.name: shell for shell in group}, dict[str, Trouble]()
+        reasons, wrong_since = dict[str, str](), dict[str, float]()
+        while pending:
+            left = began + deadline_s - time.monotonic()
+            for name, reason, settles in _looks([*pending.values()], needs, clock_now, max(1, min(LOOK_S, left)),
+                                                interrupted):
+                now = time.monotonic()
+                if reason is None:
+                    say(f"{name} is ready ({now - began:.0f} s)")
+                    del pending[name]
+                    continue
+                reasons[name] = reasons.get(name, reason) if reason == SILENT else reason
+                since = wrong_since[name] = min(now, wrong_since.get(name, now)) if settles else math.inf
+                if now - began > deadline_s:
+                    errors[name] = NotReady(name, f"not ready after {deadline_s:g} s: {reasons[name]}")
+                elif now - since >= patience_s:
+                    errors[name] = NotReady(name, reason)
+                if name in errors:
+                    del pending[name]
+            if pending:
+                _pause(1, interrupted)
+        return errors
 
-    each(shells, wait, name=NAME)
+    if errors := wait(shells[:1]):                # whether something is wrong with all, the others can tell
+        errors |= {name: NotReady(name, reason) for name, reason, _ in
+                   _looks(shells[1:], needs, clock_now, LOOK_S, interrupted) if reason}
+    else:
+        shells = among.acquaint(shells, interrupted)
+        errors = wait(shells[1:])
+    if errors:
+        raise SomeFailed(errors, len(shells))
+    return list(shells)
 
 
 def probe(needs: Needs) -> str:
@@ -99,6 +111,25 @@ def shortcoming(answer: str, needs: Needs, sent: float, received: float) -> str 
         return next(_shortcomings(said, needs, sent, received), None)
     except (KeyError, ValueError):
         return f"what it answers makes no sense: {' '.join(answer.split())[:300] or 'nothing'}"
+
+
+def _looks(shells: Sequence[Shell], needs: Needs, clock_now: Callable[[], float], timeout_s: float,
+           interrupted: Callable[[], bool]) -> Iterator[tuple[str, str | None, bool]]:
+    """Of each its name, what it lacks, and whether that is more than that it boots."""
+    sent = clock_now()
+    try:
+        answers = among.ask(shells, probe(needs), timeout_s=timeout_s, interrupted=interrupted)
+    except Trouble as error:                      # of node 0, which was ready
+        yield from ((shell.name, f"it cannot be asked by way of {error}", True) for shell in shells)
+        return
+    for shell, answer in zip(shells, answers):
+        said, after_s, until_s = answer
+        if isinstance(said, Result):
+            reason = shortcoming(said.out, needs, sent + after_s, sent + until_s)
+            yield shell.name, reason, reason != BOOTING
+        else:
+            yield shell.name, SILENT if isinstance(said, TimedOut) else said.reason, not isinstance(
+                said, (TimedOut, Unreachable))
 
 
 def _pause(seconds: float, interrupted: Callable[[], bool]) -> None:

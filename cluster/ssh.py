@@ -112,6 +112,7 @@ class Shell:
     config: Path
     name: str
     host: Host | None = None                      # for what machines do among themselves; ssh asks the config
+    by: Shell | None = None                       # which hands commands on that several are given (among.py)
 
     def run(self, command: str, *, check: bool = True, timeout_s: float = 30, input: str | None = None,
             tied: bool = False, interrupted: Callable[[], bool] = never) -> Result:
@@ -121,12 +122,11 @@ class Shell:
         they go on without us. 255 is ssh's own status, so no command should use it.
         """
         words = ["ssh", "-F", str(self.config), "-T", self.name, _tied(command) if tied else command]
-        result = run_here(words, self.name, _short(command), timeout_s, interrupted, input=input, held=tied)
+        result = run_here(words, self.name, short(command), timeout_s, interrupted, input=input, held=tied)
         if result.status == 255:
-            raise _unreachable(self.name, result.err)
+            raise unreachable(self.name, result.err)
         if check and result.status:
-            raise Failed(self.name, f"{_end(result.err) or _end(result.out) or 'no message'} "
-                                    f"(status {result.status} of: {_short(command)})", result.status)
+            raise failed(self.name, result, command)
         return result
 
     def put(self, local: Path | str, remote: str, *options: str, timeout_s: float = COPY_S,
@@ -146,9 +146,9 @@ class Shell:
 
     def _rsync(self, words: list[str], timeout_s: float, interrupted: Callable[[], bool]) -> str:
         result = run_here(["rsync", *RSYNC, "-z", "-e", f"ssh -F {shlex.quote(str(self.config))}", *words],
-                      self.name, f"rsync {_short(shlex.join(words))}", timeout_s, interrupted)
+                      self.name, f"rsync {short(shlex.join(words))}", timeout_s, interrupted)
         if result.status in (12, 255):            # 12: rsync's for a connection that ended
-            raise _unreachable(self.name, result.err)
+            raise unreachable(self.name, result.err)
         if result.status == 30:
             raise TimedOut(self.name, f"rsync moved nothing for {STALLED_S} s")
         if result.status not in (0, 24):         # 24: a file went away meanwhile
@@ -218,7 +218,7 @@ def config_text(sections: Mapping[str, Mapping[str, object]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def key(home: Path) -> Path:
+def key(home: Path, comment: str = "txl") -> Path:
     """home/keys/id_ed25519, made when it is not there; the public half is beside it as .pub."""
     folder = home / "keys"
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ def key(home: Path) -> Path:
         if not path.exists():
             for old in (beside, beside.with_suffix(".pub")):
                 old.unlink(missing_ok=True)
-            made = run_here(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", "txl", "-f", str(beside)],
+            made = run_here(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", comment, "-f", str(beside)],
                         "here", "ssh-keygen", 30)
             if made.status:
                 raise Refused(f"No ssh key could be made in {folder}: {_end(made.err)}")
@@ -273,7 +273,7 @@ def forward(config: Path, name: str, local_port: int, remote_port: int, timeout_
         if ready and tunnel.stdout.readline():    # the port is open before the command is run
             return tunnel
         end(tunnel)
-        raise _unreachable(name, _text(err) or f"no answer in {timeout_s:g} s")
+        raise unreachable(name, _text(err) or f"no answer in {timeout_s:g} s")
 
 
 def run_here(words: Sequence[str], name: str, what: str, timeout_s: float, interrupted: Callable[[], bool] = never, *,
@@ -306,6 +306,33 @@ def run_here(words: Sequence[str], name: str, what: str, timeout_s: float, inter
             end(process)
 
 
+def failed(name: str, result: Result, command: str) -> Failed:
+    """Of a command there that ended with a status other than 0."""
+    return Failed(name, f"{_end(result.err) or _end(result.out) or 'no message'} "
+                        f"(status {result.status} of: {short(command)})", result.status)
+
+
+def unreachable(name: str, err: str, by: str | None = None) -> Trouble:
+    """Why, by what ssh said: here, or on the machine `by` that would hand on to it."""
+    said = _end(OF_RSYNC.sub("", err)) or "the connection ended without a word"
+    if "REMOTE HOST IDENTIFICATION HAS CHANGED" in err or "Host key verification failed" in err:
+        where = re.search(r"Offending .* key in (\S.*):(\d+)", err)
+        return WrongHost(name, "another machine answers at its address, or its host key was replaced: ssh refuses to "
+                               "talk to it. If you know why, remove the old key"
+                               + (f", line {where[2]} of {where[1]}," if where else "") + " and try again")
+    if by:
+        said = f"{by} cannot reach it: {said}"
+    if "Permission denied (" in err or "Too many authentication failures" in err:
+        return Denied(name, f"the machine does not accept our key: {said}. Either the user name is not the image's "
+                            f"(ubuntu, ec2-user; --ssh_user), or the machine has another launcher's key")
+    return Unreachable(name, said)
+
+
+def short(command: str) -> str:
+    line = " ".join(command.split())
+    return line if len(line) <= 80 else line[:77] + "..."
+
+
 def wordless(status: int) -> str:
     """What to say of an rsync that ended so without a message: the other side's may be lost with it."""
     return "a file could not be written: is the disk full?" if status == 11 else "no message"
@@ -330,27 +357,9 @@ def _tied(command: str) -> str:
                                   f"(exec 3<&-\n{command}\n)\nstatus=$?\nkill $!\nexit $status")
 
 
-def _unreachable(name: str, err: str) -> Trouble:
-    said = _end(OF_RSYNC.sub("", err)) or "the connection ended without a word"
-    if "REMOTE HOST IDENTIFICATION HAS CHANGED" in err or "Host key verification failed" in err:
-        where = re.search(r"Offending .* key in (\S.*):(\d+)", err)
-        return WrongHost(name, "another machine answers at its address, or its host key was replaced: ssh refuses to "
-                               "talk to it. If you know why, remove the old key"
-                               + (f", line {where[2]} of {where[1]}," if where else "") + " and try again")
-    if "Permission denied (" in err or "Too many authentication failures" in err:
-        return Denied(name, f"the machine does not accept our key: {said}. Either the user name is not the image's "
-                            f"(ubuntu, ec2-user; --ssh_user), or the machine has another launcher's key")
-    return Unreachable(name, said)
-
-
 def _end(text: str) -> str:
     """The last words: three lines at most, in one."""
     return " / ".join(line.strip() for line in text.strip().splitlines()[-3:] if line.strip())[-500:]
-
-
-def _short(command: str) -> str:
-    line = " ".join(command.split())
-    return line if len(line) <= 80 else line[:77] + "..."
 
 
 def _text(file) -> str:
@@ -364,7 +373,9 @@ def _local(path: Path | str) -> str:
 
 
 def _config_value(value: object) -> str:
-    """In ssh_config's quotes, with the % doubled that ssh would expand."""
+    """In ssh_config's quotes, with the % doubled that ssh would expand; several words of a tuple."""
+    if isinstance(value, tuple):
+        return " ".join(map(_config_value, value))
     text = str(value)
     if "\n" in text or "${" in text:
         raise Refused(f"ssh_config cannot hold {text!r}. Choose another folder by TXL_HOME, or another name")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import deliver, reach
+from cluster import among, deliver, reach
 from cluster.ssh import Interrupted, SomeFailed, Trouble
 from tests.cluster.sshd import BARE_PYTHON, contents, needs_sshd, put
 
@@ -65,7 +65,7 @@ def test_the_environment_is_made_on_node_0_once_and_works_on_the_others(bare, in
     def setup(torch: str = "2.13.0", skip: bool = False) -> str:
         wanted, shells = reach.environment(torch, url, REQUIREMENTS), trio.shells[:2]
         python = reach.provide(shells[0], wanted, skip=skip, say=said.append)
-        deliver.introduce(shells)
+        shells = among.introduce(shells)
         deliver.spread(shells, wanted.copies(python))
         return reach.everywhere(shells, wanted, python, skip=skip, say=said.append)
 

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from cluster import ready
+from cluster import among, ready
 from cluster.ready import BOOTING, Needs, shortcoming
 from cluster.ssh import Interrupted, SomeFailed
-from tests.cluster.sshd import machines, needs_sshd
+from tests.cluster.sshd import Machines, machines, needs_sshd
 
 NOTHING = Needs(gpus=0, efa=False, disk_gib=0, python=None)
 EIGHT = Needs(gpus=8, efa=True, disk_gib=100, python="python3")
@@ -63,7 +63,20 @@ def test_the_way_there_and_back_is_not_taken_for_a_wrong_clock():
     assert "ahead" in shortcoming(WELL, EIGHT, sent=940.0, received=1014.0)      # it ended after it was heard
 
 
-def test_machines_are_ready_when_each_of_them_is(trio):
+@pytest.fixture
+def launched(trio) -> Machines:
+    """As machines are that were launched: they let node 0 in."""
+    return letting_in(trio)
+
+
+def letting_in(them: Machines) -> Machines:
+    for machine in them.all:
+        machine.authorized_keys.write_text(f"{machine.authorized_keys.read_text()}{among.admission(them.folder)}\n")
+    return them
+
+
+def test_machines_are_ready_when_each_of_them_is(launched):
+    trio = launched
     for machine in trio.all:
         machine.has("cloud-init", f"[ -e {machine.folder}/booted ] || {{ touch {machine.folder}/booted; exit 124; }}")
         machine.has("nvidia-smi", "for i in 0 1; do echo \"GPU $i: V100 (UUID: x)\"; done")
@@ -74,7 +87,8 @@ def test_machines_are_ready_when_each_of_them_is(trio):
     assert all((machine.folder / "booted").exists() for machine in trio.all)        # it was still booting at first
 
 
-def test_every_machine_that_is_not_as_needed_is_named_with_what_it_lacks(trio):
+def test_every_machine_that_is_not_as_needed_is_named_with_what_it_lacks(launched):
+    trio = launched
     trio[0].has("nvidia-smi", "echo 'GPU 0: V100'")
     trio[1].has("nvidia-smi", "echo 'NVIDIA-SMI has failed: no driver *'; exit 9")
     trio[2].has("nvidia-smi", "echo 'GPU 0: V100'")
@@ -98,12 +112,12 @@ def test_a_wrong_clock_is_found_on_a_real_machine(trio):
 
 def test_a_machine_that_is_slow_to_start_is_waited_for_and_one_that_never_does_is_named_with_what_ssh_says(tmp_path):
     with machines(tmp_path, 3) as them:
-        them[1].stop()
+        letting_in(them)[1].stop()
         them[2].stop()
         late = threading.Timer(1, them[1].start)
         late.start()
-        with pytest.raises(SomeFailed, match=r"^1 of 3 machines: node-2: not ready after 3 s: ssh: connect to host "
-                                             r"127\.77\.0\.3 port \d+: Connection refused$"):
+        with pytest.raises(SomeFailed, match=r"^1 of 3 machines: node-2: not ready after 3 s: node-0 cannot reach "
+                                             r"it: ssh: connect to host 127\.77\.0\.3 port \d+: Connection refused$"):
             ready.wait_ready(them.shells, NOTHING, deadline_s=3)
         late.join()
 
@@ -117,7 +131,7 @@ def test_a_key_that_is_not_accepted_is_not_waited_for_long(tmp_path):
 
 def test_waiting_can_be_interrupted(tmp_path):
     with machines(tmp_path, 2) as them:
-        them[1].stop()
+        letting_in(them)[1].stop()
         began = time.monotonic()
         with pytest.raises(Interrupted):
             ready.wait_ready(them.shells, NOTHING, deadline_s=600, interrupted=lambda: time.monotonic() - began > 1.5)
