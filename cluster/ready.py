@@ -63,6 +63,10 @@ def wait_ready(shells: Sequence[Shell], needs: Needs, *, deadline_s: float, say:
     """
     began = time.monotonic()
 
+    def not_ready(name: str, reason: str) -> NotReady:
+        late = time.monotonic() - began > deadline_s
+        return NotReady(name, f"not ready after {deadline_s:g} s: {reason}" if late else reason)
+
     def wait(group: Sequence[Shell]) -> dict[str, Trouble]:
         """Why those of them are not ready that are not in time."""
         pending, errors = {shell.name: shell for shell in group}, dict[str, Trouble]()
@@ -78,18 +82,15 @@ def wait_ready(shells: Sequence[Shell], needs: Needs, *, deadline_s: float, say:
                     continue
                 reasons[name] = reasons.get(name, reason) if reason == SILENT else reason
                 since = wrong_since[name] = min(now, wrong_since.get(name, now)) if settles else math.inf
-                if now - began > deadline_s:
-                    errors[name] = NotReady(name, f"not ready after {deadline_s:g} s: {reasons[name]}")
-                elif now - since >= patience_s:
-                    errors[name] = NotReady(name, reason)
-                if name in errors:
+                if now - began > deadline_s or now - since >= patience_s:
+                    errors[name] = not_ready(name, reasons[name])
                     del pending[name]
             if pending:
                 _pause(1, interrupted)
         return errors
 
     if errors := wait(shells[:1]):                # whether something is wrong with all, the others can tell
-        errors |= {name: NotReady(name, reason) for name, reason, _ in
+        errors |= {name: not_ready(name, reason) for name, reason, _ in
                    _looks(shells[1:], needs, clock_now, LOOK_S, interrupted) if reason}
     else:
         shells = among.acquaint(shells, interrupted)

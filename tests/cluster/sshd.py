@@ -20,7 +20,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import ssh
+from cluster import among, ssh
 from cluster.rehearsal import sshd
 from cluster.rehearsal.sshd import SSHD
 from cluster.ssh import Host, Shell
@@ -175,6 +175,13 @@ class Relay:
                 target.sendall(block)
         source.close()
         target.close()
+
+
+def letting_in(them: Machines) -> Machines:
+    """As machines are that were launched: they let node 0 in."""
+    for machine in them.all:
+        machine.authorized_keys.write_text(f"{machine.authorized_keys.read_text()}{among.admission(them.folder)}\n")
+    return them
 
 
 @contextlib.contextmanager

@@ -7,10 +7,10 @@ import time
 
 import pytest
 
-from cluster import among, ready
+from cluster import ready
 from cluster.ready import BOOTING, Needs, shortcoming
 from cluster.ssh import Interrupted, SomeFailed
-from tests.cluster.sshd import Machines, machines, needs_sshd
+from tests.cluster.sshd import Machines, letting_in, machines, needs_sshd
 
 NOTHING = Needs(gpus=0, efa=False, disk_gib=0, python=None)
 EIGHT = Needs(gpus=8, efa=True, disk_gib=100, python="python3")
@@ -65,14 +65,7 @@ def test_the_way_there_and_back_is_not_taken_for_a_wrong_clock():
 
 @pytest.fixture
 def launched(trio) -> Machines:
-    """As machines are that were launched: they let node 0 in."""
     return letting_in(trio)
-
-
-def letting_in(them: Machines) -> Machines:
-    for machine in them.all:
-        machine.authorized_keys.write_text(f"{machine.authorized_keys.read_text()}{among.admission(them.folder)}\n")
-    return them
 
 
 def test_machines_are_ready_when_each_of_them_is(launched):
@@ -98,6 +91,24 @@ def test_every_machine_that_is_not_as_needed_is_named_with_what_it_lacks(launche
     assert str(caught.value) == (
         "2 of 3 machines: node-1: 0 of 1 GPUs are there (nvidia-smi: NVIDIA-SMI has failed: no driver *)\n"
         "  node-2: cloud-init failed: status: error")
+
+
+def test_what_is_wrong_with_all_is_said_of_all_although_node_0_leads_to_the_others(launched):
+    for machine in launched.all:
+        machine.has("cloud-init", "echo 'status: error'; exit 1")
+    with pytest.raises(SomeFailed) as caught:
+        ready.wait_ready(launched.shells, NOTHING, deadline_s=30, patience_s=0)
+    assert str(caught.value) == "3 of 3 machines: node-0, node-1, node-2: cloud-init failed: status: error"
+    for machine in launched.all[1:]:
+        machine.has("cloud-init", "exit 0")
+    with pytest.raises(SomeFailed, match=r"^1 of 3 machines: node-0: cloud-init failed"):
+        ready.wait_ready(launched.shells, NOTHING, deadline_s=30, patience_s=0)
+
+
+def test_a_wrong_clock_is_found_by_way_of_node_0_too(launched):
+    launched[2].has("date", 'exec /bin/date -d "@$(($(/bin/date +%s) - 60))" "$@"')
+    with pytest.raises(SomeFailed, match=r"^1 of 3 machines: node-2: its clock is (59|60|61) s behind ours"):
+        ready.wait_ready(launched.shells, NOTHING, deadline_s=30, patience_s=0)
 
 
 def test_a_driver_that_is_late_is_waited_for(trio):
