@@ -10,12 +10,18 @@ from typing import ClassVar, Literal
 
 from engine import config as engine
 
+LEARNED = ("shaw", "learned")                     # attn_types with a table of positions
 Dataset = Literal["wt103", "wt2", "ptb", "enwik8", "text8", "lm1b", "stdlib", "text"]
 
 
 @dataclass(frozen=True)
 class Model:
     """Shape, regularisation and initialisation. With `cutoffs` embedding and softmax are adaptive.
+
+    attn_type, how positions come in: "rel" is the paper's, sinusoids of the distance between query and key; "shaw"
+    (arXiv:1803.02155, with a bias for each distance) learned vectors of that distance for each layer and head. The two
+    others are of a plain attention, and count from the segment's end, also in the memory: "abs" adds sinusoids to the
+    embeddings (arXiv:1706.03762), "learned" a vector of a table to the input of each layer.
 
     cutoffs (20000, 40000, 200000) makes a head of the 20,000 first words and three tail clusters; with div_val v,
     cluster i has embeddings of d_embed / v**i dimensions, projected to d_model.
@@ -30,6 +36,8 @@ class Model:
     dropatt: float = 0.0
     pre_lnorm: bool = False
     final_lnorm: bool = False                     # a last norm after the layers; pre_lnorm's ancestors had none
+    attn_type: Literal["rel", "shaw", "abs", "learned"] = "rel"
+    positions: int | None = None                  # rows of a learned table of distances; what is further has the last
     untie_r: bool = False                         # u and v of each layer's own rather than shared
     tie_weight: bool = True                       # softmax weights are the embedding's
     tie_projs: tuple[bool, ...] | None = None     # by cluster, head first; None: all but the head
@@ -43,6 +51,11 @@ class Model:
     def __post_init__(self):
         if min(self.n_layer, self.d_model, self.n_head, self.d_head, self.d_inner, self.div_val) < 1:
             raise ValueError("n_layer, d_model, n_head, d_head, d_inner and div_val must be at least 1")
+        if (self.positions is None or self.positions < 1) if self.attn_type in LEARNED else self.positions is not None:
+            raise ValueError(f"positions, at least 1, is for attn_type {' and '.join(LEARNED)}, which need it: the "
+                             f"ancestors had tgt_len + ext_len + mem_len; here attn_type is {self.attn_type}")
+        if self.untie_r and self.attn_type not in ("rel", "shaw"):
+            raise ValueError(f"untie_r is about u and v, which attn_type {self.attn_type} has not")
         if self.d_model % 2:
             raise ValueError(f"d_model must be even (half of it sines, half cosines), not {self.d_model}")
         if not (0 <= self.dropout < 1 and 0 <= self.dropatt < 1):
@@ -152,9 +165,11 @@ class Recipe(engine.Recipe):
 def n_params(model: Model, n_token: int) -> int:
     """Trainable parameters of `model` over a vocabulary of `n_token`, without building it."""
     d, heads = model.d_model, model.n_head * model.d_head
-    attention = 3 * d * heads + heads * d + d * heads + 2 * d        # q, k, v; out; r; norm
+    of_positions = {"rel": d * heads, "abs": 0, "shaw": (model.positions or 0) * (heads + model.n_head),
+                    "learned": (model.positions or 0) * d}[model.attn_type]
+    attention = 3 * d * heads + heads * d + of_positions + 2 * d     # q, k, v; out; r or tables; norm
     feed_forward = 2 * d * model.d_inner + model.d_inner + d + 2 * d
-    biases_uv = 2 * heads * (model.n_layer if model.untie_r else 1)
+    biases_uv = {"rel": 2, "shaw": 1}.get(model.attn_type, 0) * heads * (model.n_layer if model.untie_r else 1)
     edges = (0, *model.cutoffs, n_token)
     sizes = [high - low for low, high in itertools.pairwise(edges)]
     tables = sum(size * model.d_embed_of(i if model.div_val > 1 else 0) for i, size in enumerate(sizes))
@@ -175,7 +190,9 @@ def flops_per_token(model: Model, context: Context, n_token: int) -> float:
     batch and left out.
     """
     width, d = model.n_head * model.d_head, model.d_model
-    per_token = 2 * (4 * d * width + 2 * d * model.d_inner) + 3 * 2 * width * (context.mem_len + context.tgt_len / 2)
+    products = 3 if model.attn_type in ("rel", "shaw") else 2        # with keys, with positions, with values
+    scores = products * 2 * width * (context.mem_len + context.tgt_len / 2)
+    per_token = 2 * (4 * d * width + 2 * d * model.d_inner) + scores
     memory = 2 * 2 * d * width * context.mem_len / context.tgt_len
     head = 2 * d * (model.cutoffs[0] + len(model.cutoffs) if model.cutoffs else n_token)
     return model.n_layer * (3 * per_token + 2 * memory) + 3 * head

@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
 @torch.no_grad()
 def sample(trained: Trained, prompt: list[int], length: int, temperature: float) -> Iterator[int]:
     """`length` tokens after the prompt, drawn by p ** (1 / temperature)."""
-    device = trained.net.u.device
+    device = next(trained.net.parameters()).device
     memory: Memory | None = None
     context = trained.recipe.eval_context
     unread = [trained.corpus.vocab.start, *prompt]

@@ -29,8 +29,8 @@ class TransformerXL(nn.Module):
         self.vocabulary = AdaptiveVocabulary(model, n_token)
         self.layers = nn.ModuleList(Layer(model) for _ in range(model.n_layer))
         biases = (model.n_layer if model.untie_r else 1, model.n_head, model.d_head)
-        self.u = nn.Parameter(torch.empty(biases))
-        self.v = nn.Parameter(torch.empty(biases))
+        self.u = nn.Parameter(torch.empty(biases)) if model.attn_type in ("rel", "shaw") else None
+        self.v = nn.Parameter(torch.empty(biases)) if model.attn_type == "rel" else None
         self.final_norm = nn.LayerNorm(model.d_model) if model.final_lnorm else nn.Identity()
         self.dropout = nn.Dropout(model.dropout)
         initialise(self, model)
@@ -54,13 +54,18 @@ class TransformerXL(nn.Module):
         past_LBMD, length = memory or self.fresh_memory(B, context, h_BQD)
         M = past_LBMD.size(2)
         visible_QK = visible(Q, M, length, context.mem_len if context.same_length else None, h_BQD.device)
-        positions_PD = self.dropout(position_embedding(M + Q, context.clamp_len, like=h_BQD))
+        distance_P = distances(M + Q, context.clamp_len, h_BQD.device)
+        sines_PD = self.dropout(sinusoids(distance_P, like=h_BQD)) if self.config.attn_type in ("rel", "abs") else None
 
         inputs = []
         for i, (layer, past_BMD) in enumerate(zip(self.layers, past_LBMD)):
-            inputs.append(h_BQD)
+            inputs.append(h_BQD)                  # without positions: as memory it has others
             bias = i if self.config.untie_r else 0
-            h_BQD = layer(h_BQD, past_BMD, positions_PD, self.u[bias], self.v[bias], visible_QK)
+            u_NH, v_NH = (None if biases is None else biases[bias] for biases in (self.u, self.v))
+            if i == 0 and self.config.attn_type == "abs" and sines_PD is not None:
+                past_BMD, h_BQD = past_BMD.to(h_BQD.dtype) + sines_PD[:M], h_BQD + sines_PD[M:-1]
+            h_BQD = layer(h_BQD, past_BMD, sines_PD if self.config.attn_type == "rel" else distance_P, u_NH, v_NH,
+                          visible_QK)
         return self.dropout(self.final_norm(h_BQD)), self._remember(inputs, past_LBMD, length, context)
 
     def fresh_memory(self, B: int, context: Context, like: Tensor) -> Memory:
@@ -81,7 +86,9 @@ class Layer(nn.Module):
     def __init__(self, model: Model):
         super().__init__()
         self.pre_lnorm = model.pre_lnorm
-        self.attention = RelativeAttention(model)
+        self.attention = {"rel": RelativeAttention, "shaw": ShawAttention}.get(model.attn_type, Attention)(model)
+        self.positions = nn.Parameter(torch.empty(model.positions, model.d_model)) \
+            if model.positions is not None and model.attn_type == "learned" else None
         self.attention_norm = nn.LayerNorm(model.d_model)
         self.feed_forward = nn.Sequential(
             nn.Linear(model.d_model, model.d_inner), nn.ReLU(), nn.Dropout(model.dropout),
@@ -89,47 +96,83 @@ class Layer(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(model.d_model)
         self.dropout = nn.Dropout(model.dropout)
 
-    def forward(self, h_BQD: Tensor, past_BMD: Tensor, positions_PD: Tensor, u_NH: Tensor, v_NH: Tensor,
+    def forward(self, h_BQD: Tensor, past_BMD: Tensor, where_P: Tensor, u_NH: Tensor | None, v_NH: Tensor | None,
                 visible_QK: Tensor) -> Tensor:
+        """`where_P`: what the attention takes for positions, see there."""
+        M = past_BMD.size(1)
         keys_BKD = torch.cat([past_BMD.to(h_BQD.dtype), h_BQD], dim=1)
+        if self.positions is not None:
+            keys_BKD = keys_BKD + self.dropout(F.embedding(_rows(where_P, self.positions)[:-1], self.positions))
+            h_BQD = keys_BKD[:, M:]
         if self.pre_lnorm:
             keys_BKD = self.attention_norm(keys_BKD)
-            queries_BQD = keys_BKD[:, past_BMD.size(1):]
-            h_BQD = h_BQD + self.dropout(self.attention(queries_BQD, keys_BKD, positions_PD, u_NH, v_NH, visible_QK))
+            queries_BQD = keys_BKD[:, M:]
+            h_BQD = h_BQD + self.dropout(self.attention(queries_BQD, keys_BKD, where_P, u_NH, v_NH, visible_QK))
             return h_BQD + self.feed_forward(self.feed_forward_norm(h_BQD))
-        attended_BQD = self.dropout(self.attention(h_BQD, keys_BKD, positions_PD, u_NH, v_NH, visible_QK))
+        attended_BQD = self.dropout(self.attention(h_BQD, keys_BKD, where_P, u_NH, v_NH, visible_QK))
         h_BQD = self.attention_norm(h_BQD + attended_BQD)
         return self.feed_forward_norm(h_BQD + self.feed_forward(h_BQD))
 
 
-class RelativeAttention(nn.Module):
-    """score_ij = ((q_i + u).k_j + (q_i + v).r_{i-j}) / sqrt(H), softmax over the visible j, values, output."""
+class Attention(nn.Module):
+    """score_ij = (q_i + u).k_j / sqrt(H), softmax over the visible j, values, output. Positions are in its input, or
+    in what a subclass adds to the scores."""
 
     def __init__(self, model: Model):
         super().__init__()
         self.n_head, self.d_head, self.dropatt = model.n_head, model.d_head, model.dropatt
         width = model.n_head * model.d_head
         self.qkv = nn.Linear(model.d_model, 3 * width, bias=False)
-        self.r = nn.Linear(model.d_model, width, bias=False)
         self.out = nn.Linear(width, model.d_model, bias=False)
 
-    def forward(self, queries_BQD: Tensor, keys_BKD: Tensor, positions_PD: Tensor, u_NH: Tensor, v_NH: Tensor,
-                visible_QK: Tensor) -> Tensor:
+    def forward(self, queries_BQD: Tensor, keys_BKD: Tensor, where_P: Tensor, u_NH: Tensor | None,
+                v_NH: Tensor | None, visible_QK: Tensor) -> Tensor:
         width, heads = self.n_head * self.d_head, (self.n_head, self.d_head)
         w_q, w_kv = self.qkv.weight.split([width, 2 * width])          # memory needs no queries: a sixth of the work
         q_BNQH = F.linear(queries_BQD, w_q).unflatten(-1, heads).transpose(1, 2)
         k_BKNH, v_BKNH = F.linear(keys_BKD, w_kv).unflatten(-1, (2, *heads)).unbind(2)
-        r_NHP = self.r(positions_PD).unflatten(-1, heads).permute(1, 2, 0)
 
-        q_v_BNQH = q_BNQH + v_NH.unsqueeze(1).to(q_BNQH.dtype)
-        q_u_BNQH = q_BNQH + u_NH.unsqueeze(1).to(q_BNQH.dtype)
-        bias_BNQK = rel_shift(q_v_BNQH @ r_NHP) * self.d_head ** -0.5
-        bias_BNQK = bias_BNQK.masked_fill(~visible_QK, float("-inf"))
+        mask_BNQK = self.mask(q_BNQH, where_P, v_NH, visible_QK)
+        q_u_BNQH = q_BNQH if u_NH is None else q_BNQH + u_NH.unsqueeze(1).to(q_BNQH.dtype)
         with _kernels(q_BNQH.device):
             a_BNQH = F.scaled_dot_product_attention(
-                q_u_BNQH, k_BKNH.transpose(1, 2), v_BKNH.transpose(1, 2), attn_mask=bias_BNQK,
+                q_u_BNQH, k_BKNH.transpose(1, 2), v_BKNH.transpose(1, 2), attn_mask=mask_BNQK,
                 dropout_p=self.dropatt if self.training else 0.0)
         return self.out(a_BNQH.transpose(1, 2).flatten(2))
+
+    def mask(self, q_BNQH: Tensor, where_P: Tensor, v_NH: Tensor | None, visible_QK: Tensor) -> Tensor:
+        """What is added to the scores, -inf where a key is not seen; or which are seen, where nothing is."""
+        return visible_QK
+
+
+class RelativeAttention(Attention):
+    """score_ij = ((q_i + u).k_j + (q_i + v).r_{i-j}) / sqrt(H), r from sinusoids of the distances, `where_P` [P, D]."""
+
+    def __init__(self, model: Model):
+        super().__init__(model)
+        self.r = nn.Linear(model.d_model, model.n_head * model.d_head, bias=False)
+
+    def mask(self, q_BNQH: Tensor, where_P: Tensor, v_NH: Tensor | None, visible_QK: Tensor) -> Tensor:
+        assert v_NH is not None
+        r_NHP = self.r(where_P).unflatten(-1, (self.n_head, self.d_head)).permute(1, 2, 0)
+        q_v_BNQH = q_BNQH + v_NH.unsqueeze(1).to(q_BNQH.dtype)
+        bias_BNQK = rel_shift(q_v_BNQH @ r_NHP) * self.d_head ** -0.5
+        return bias_BNQK.masked_fill(~visible_QK, float("-inf"))
+
+
+class ShawAttention(Attention):
+    """score_ij = ((q_i + u).k_j + q_i.r_{i-j} + b_{i-j}) / sqrt(H), r and b from tables by distance, `where_P` [P]."""
+
+    def __init__(self, model: Model):
+        super().__init__(model)
+        self.r = nn.Parameter(torch.empty(model.positions or 0, model.n_head, model.d_head))
+        self.r_bias = nn.Parameter(torch.empty(model.positions or 0, model.n_head))
+
+    def mask(self, q_BNQH: Tensor, where_P: Tensor, v_NH: Tensor | None, visible_QK: Tensor) -> Tensor:
+        row_P = _rows(where_P, self.r)
+        r_NHP, b_NP = self.r[row_P].permute(1, 2, 0).to(q_BNQH.dtype), self.r_bias[row_P].T.to(q_BNQH.dtype)
+        bias_BNQK = rel_shift(q_BNQH @ r_NHP + b_NP.unsqueeze(1)) * self.d_head ** -0.5
+        return bias_BNQK.masked_fill(~visible_QK, float("-inf"))
 
 
 def rel_shift(scores_BNQP: Tensor) -> Tensor:
@@ -150,14 +193,22 @@ def _kernels(device: torch.device) -> AbstractContextManager:
     return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
 
 
-def position_embedding(K: int, clamp_len: int | None, like: Tensor) -> Tensor:
-    """Sinusoids of the distances K-1 … 0 and of one spare row, [K + 1, D]: sines in the first half of the width of
-    `like`, cosines in the second."""
+def distances(K: int, clamp_len: int | None, device: torch.device) -> Tensor:
+    """K-1 … 0, at most clamp_len, and one spare, [K + 1]."""
+    return torch.arange(K - 1, -2, -1, device=device).clamp(0, clamp_len)
+
+
+def sinusoids(distance_P: Tensor, like: Tensor) -> Tensor:
+    """Of the distances, [P, D]: sines in the first half of the width of `like`, cosines in the second."""
     D = like.size(-1)
-    distance_P = torch.arange(K - 1, -2, -1, dtype=like.dtype, device=like.device).clamp(0, clamp_len)
     frequency = 10_000.0 ** -(torch.arange(0, D, 2, dtype=like.dtype, device=like.device) / D)
-    angle = distance_P.unsqueeze(1) * frequency
+    angle = distance_P.to(like.dtype).unsqueeze(1) * frequency
     return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+
+def _rows(distance_P: Tensor, table: Tensor) -> Tensor:
+    """Of a table by distance: what is further than it reaches has its last row."""
+    return distance_P.clamp(max=table.size(0) - 1)
 
 
 def visible(Q: int, M: int, length: int, reach: int | None, device: torch.device) -> Tensor:

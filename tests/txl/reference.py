@@ -19,11 +19,26 @@ def forward(net: TransformerXL, m: Model, tokens: list[list[int]], past: list[li
     inputs = []
     for i, layer in enumerate(net.layers):
         inputs.append(hidden)
-        u, v = (x[i if m.untie_r else 0] for x in (net.u, net.v))
-        hidden = [run_layer(layer, m, past[i][b], hidden[b], u, v, context) for b in range(len(tokens))]
+        u, v = (x if x is None else x[i if m.untie_r else 0] for x in (net.u, net.v))
+        hidden = [run_layer(layer, m, *placed(layer, m, i, past[i][b], hidden[b], context), u, v, context)
+                  for b in range(len(tokens))]
     if m.final_lnorm:
         hidden = [[layer_norm(net.final_norm, h) for h in stream] for stream in hidden]
     return hidden, inputs
+
+
+def placed(layer, m: Model, i: int, past: list[Tensor], now: list[Tensor], context: Context):
+    """What layer i remembers and what it is given, with the positions that are added to them."""
+    if m.attn_type not in ("abs", "learned") or (m.attn_type == "abs" and i > 0):
+        return past, now
+    whole = past + now
+    for j, h in enumerate(whole):
+        distance = len(whole) - 1 - j
+        if context.clamp_len is not None:
+            distance = min(distance, context.clamp_len)
+        whole[j] = h + (sinusoid(distance, m.d_model) if m.attn_type == "abs" else
+                        layer.positions[min(distance, m.positions - 1)])
+    return whole[:len(past)], whole[len(past):]
 
 
 def run_layer(layer, m: Model, past: list[Tensor], now: list[Tensor], u: Tensor, v: Tensor, context: Context):
@@ -56,9 +71,16 @@ def attend(attention, m: Model, seen: list[Tensor], i: int, u: Tensor, v: Tensor
                 continue
             if context.clamp_len is not None:
                 distance = min(distance, context.clamp_len)
-            r = attention.r.weight[part] @ sinusoid(distance, m.d_model).to(q.dtype)
             k = w_k[part] @ seen[j]
-            scores.append(((q + u[n]) @ k + (q + v[n]) @ r) / math.sqrt(m.d_head))
+            if m.attn_type == "rel":
+                r = attention.r.weight[part] @ sinusoid(distance, m.d_model).to(q.dtype)
+                score = (q + u[n]) @ k + (q + v[n]) @ r
+            elif m.attn_type == "shaw":
+                row = min(distance, m.positions - 1)
+                score = (q + u[n]) @ k + q @ attention.r[row, n] + attention.r_bias[row, n]
+            else:
+                score = q @ k
+            scores.append(score / math.sqrt(m.d_head))
             values.append(w_v[part] @ seen[j])
         weights = torch.stack(scores).softmax(0)
         heads.append(sum(w * x for w, x in zip(weights, values)))

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.testing import assert_close
 from tests.txl import reference
 from txl.adaptive import IGNORE
 from txl.config import Context, Model, flops_per_token, n_params
-from txl.model import TransformerXL, position_embedding, rel_shift
+from txl.model import TransformerXL, distances, rel_shift, sinusoids
 
 SMALL = {"n_layer": 2, "d_model": 8, "n_head": 2, "d_head": 3, "d_inner": 10, "dropout": 0.0}
 V = 13                                            # vocabulary
@@ -19,6 +20,12 @@ MODELS = {
     "pre_lnorm": Model(**SMALL, pre_lnorm=True),
     "pre_lnorm_final": Model(**SMALL, pre_lnorm=True, final_lnorm=True),
     "untie_r": Model(**SMALL, untie_r=True),
+    "shaw": Model(**SMALL, attn_type="shaw", positions=9),
+    "shaw_short": Model(**SMALL, attn_type="shaw", positions=3, untie_r=True, pre_lnorm=True),
+    "abs": Model(**SMALL, attn_type="abs"),
+    "abs_pre_lnorm": Model(**SMALL, attn_type="abs", pre_lnorm=True),
+    "learned": Model(**SMALL, attn_type="learned", positions=9),
+    "learned_short": Model(**SMALL, attn_type="learned", positions=3, pre_lnorm=True),
     "adaptive": Model(**SMALL, cutoffs=(4, 9)),
     "adaptive_untied": Model(**SMALL, cutoffs=(4, 9), tie_weight=False),
     "adaptive_div": Model(**SMALL, cutoffs=(4, 9), div_val=2),
@@ -38,6 +45,9 @@ CONTEXTS = {
     "ext_len": Context(tgt_len=3, mem_len=4, ext_len=2),
     "ext_len_no_memory": Context(tgt_len=3, mem_len=0, ext_len=2),
 }
+
+
+PLACED = ("shaw", "abs", "learned")               # by how positions come in
 
 
 def build(model: Model, n_token: int = V, seed: int = 0) -> TransformerXL:
@@ -85,7 +95,9 @@ def run_fast(net, tokens, context):
     *((MODELS["plain"], CONTEXTS[name]) for name in CONTEXTS if name != "memory"),
     (MODELS["pre_lnorm"], CONTEXTS["same_length"]),
     (MODELS["untie_r"], CONTEXTS["ext_len"]),
-], ids=[*MODELS, *(name for name in CONTEXTS if name != "memory"), "pre_lnorm_same_length", "untie_r_ext_len"])
+    *((MODELS[name], CONTEXTS[context]) for name in PLACED for context in ("clamp_len", "same_length", "ext_len")),
+], ids=[*MODELS, *(name for name in CONTEXTS if name != "memory"), "pre_lnorm_same_length", "untie_r_ext_len",
+        *(f"{name}_{context}" for name in PLACED for context in ("clamp_len", "same_length", "ext_len"))])
 def test_three_segments_match_the_formulas_forward_and_backward(model, context):
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(0, V, (2, 3 * context.tgt_len + 1), generator=generator).tolist()
@@ -106,12 +118,32 @@ def test_three_segments_match_the_formulas_forward_and_backward(model, context):
 
 
 def test_two_segments_with_memory_equal_one_long_segment():
-    for model in (MODELS["plain"], MODELS["pre_lnorm"], MODELS["adaptive_div"]):
+    for model in (MODELS["plain"], MODELS["pre_lnorm"], MODELS["adaptive_div"], MODELS["shaw"]):
         net, tokens = build(model), torch.randint(0, V, (3, 17)).tolist()
         for clamp_len in (None, 4):
             long = run_fast(net, tokens, Context(16, 0, clamp_len=clamp_len)).view(3, 16)
             short = run_fast(net, tokens, Context(8, 8, clamp_len=clamp_len)).view(2, 3, 8)
             assert_close(torch.cat([*short], dim=1), long, rtol=1e-10, atol=1e-10)
+
+
+def test_in_absolute_positions_a_memory_stands_further_back_with_each_segment():
+    """What was remembered gets the positions of now: seen from the segment's end, as one long segment has them."""
+    for name in ("abs", "learned"):
+        net, tokens = build(replace(MODELS[name], n_layer=1)), torch.randint(0, V, (3, 17)).tolist()
+        long = run_fast(net, tokens, Context(16, 0)).view(3, 16)[:, 8:]
+        short = run_fast(net, tokens, Context(8, 8)).view(2, 3, 8)[1]
+        assert_close(short, long, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"attn_type": "shaw"}, "positions, at least 1, is for attn_type shaw and learned"),
+    ({"attn_type": "learned", "positions": 0}, "at least 1"),
+    ({"positions": 5}, "here attn_type is rel"),
+    ({"attn_type": "abs", "untie_r": True}, "untie_r is about u and v"),
+])
+def test_positions_that_nothing_would_read_are_refused(wrong, said):
+    with pytest.raises(ValueError, match=said):
+        Model(**SMALL, **wrong)
 
 
 def test_same_length_lets_every_query_see_mem_len_tokens_before_it():
@@ -136,7 +168,7 @@ def test_rel_shift_matches_its_definition():
 
 
 def test_positions_are_the_papers_sinusoids_of_clamped_distances():
-    embedding = position_embedding(6, 3, like=torch.empty(10, dtype=torch.float64))
+    embedding = sinusoids(distances(6, 3, torch.device("cpu")), like=torch.empty(10, dtype=torch.float64))
     for row, distance in enumerate([3, 3, 3, 2, 1, 0, 0]):
         assert_close(embedding[row], reference.sinusoid(distance, 10))
 
@@ -246,7 +278,7 @@ def test_initial_values_follow_the_ancestors_rules():
     assert weight.std().item() == pytest.approx(0.2 / math.sqrt(3), rel=0.2)
 
 
-@pytest.mark.parametrize("name", ["plain", "adaptive_div", "projected", "pre_lnorm_final"])
+@pytest.mark.parametrize("name", ["plain", "adaptive_div", "projected", "pre_lnorm_final", *PLACED])
 def test_autocast_keeps_positions_and_residuals_in_fp32(name):
     """A long context: positions in 16 bits would be off by whole tokens, and the loss with them."""
     model = MODELS[name]
