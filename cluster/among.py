@@ -181,8 +181,13 @@ def _handed_on(way: Shell, shells: Sequence[Shell], command: str, given: Mapping
     said = way.run(f"python3 -c {shlex.quote(HAND_ON)}", timeout_s=timeout_s + OWN_S, interrupted=interrupted,
                    input=base64.b64encode(zlib.compress(told.encode("utf-8", "surrogateescape"))).decode())
     elapsed_s = time.monotonic() - began
-    answers = {}
-    for name, (status, out, err, after_s, before_s) in json.loads(said.out).items():
+    answers, heard = {}, json.loads(said.out)
+    for name in map(NAME, shells):
+        if name not in heard:                     # a disk that is full, say
+            words = said.err.strip().splitlines()[-1:]
+            answers[name] = Answer(Trouble(name, f"{way.name} could not ask it: {' '.join(words)}"), 0, elapsed_s)
+            continue
+        status, out, err, after_s, before_s = heard[name]
         answer: Result | Trouble = Result(status, out, err)
         if status is None:
             answer = TimedOut(name, f"no end after {timeout_s:g} s of: {ssh.short(command)}")

@@ -8,6 +8,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ class RemoteJob:
     def __init__(self, run_dir: Path, shells: Sequence[Shell], launch: str, watch: Watch,
                  gone: Callable[[list[int]], dict[int, str]] = lambda nodes: {},
                  bye: Callable[[], None] = lambda: None, *, pages: Mapping[str, int] | None = None):
-        self.run_dir, self.shells, self.launch, self._watch = run_dir, shells, launch, watch
+        self.run_dir, self.launch, self._watch = run_dir, launch, watch
+        self.shells = [replace(shell, by=None) for shell in shells]   # a node that is lost leads to no other
         self._remote = f"txl/{run_dir.as_posix()}"
         self._gone, self._bye = gone, bye
         self._nodes, now = range(len(shells)), time.monotonic()

@@ -7,7 +7,7 @@ import pytest
 
 from cluster import among
 from cluster.ssh import Denied, Interrupted, Result, SomeFailed, TimedOut, Trouble, Unreachable
-from tests.cluster.sshd import letting_in, machines, needs_sshd
+from tests.cluster.sshd import BARE_PYTHON, letting_in, machines, needs_sshd
 
 pytestmark = needs_sshd
 
@@ -63,6 +63,13 @@ def test_where_node_0_is_gone_it_is_named(them):
     with pytest.raises(Trouble, match=r"^node-0: ") as caught:
         among.run(shells, "true")
     assert not isinstance(caught.value, SomeFailed)
+
+
+def test_where_node_0_has_no_room_for_an_answer_that_is_said(them):
+    shells = among.acquaint(them.shells)
+    them[0].has("python3", f"ulimit -f 100; exec {BARE_PYTHON} \"$@\"")                # as on a full disk
+    with pytest.raises(SomeFailed, match=r"^1 of 3 machines: node-1: node-0 could not ask it: OSError: .*too large"):
+        among.run(shells, "true", ["", "x" * 1_000_000, ""])
 
 
 def test_a_question_that_hangs_can_be_interrupted(them):
