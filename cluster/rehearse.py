@@ -29,7 +29,7 @@ from engine.values import nearest
 KIND_FOR_LOCAL = "c5.xlarge"                      # of a config that is for the machine one types on
 NAME = f"rehearsal-{os.getpid()}"                 # a training's port goes by it, and another may be under way here
 LAUNCH_S = 600                                    # for a launcher to come to what is waited for
-PATIENCE_S = 20                                   # for watchdogs to act once their time has come
+PATIENCE_S = 60                                   # for watchdogs to act once their time has come
 
 
 def main(config: Config, drill: str | None = None, more: Sequence[str] = ()) -> int:
@@ -109,6 +109,10 @@ class Stage:
             journal.write_text("".join(json.dumps(note | {
                 key: note[key] - seconds for key in ("at", "until") if note.get(key)}) + "\n" for note in notes))
 
+    def watched(self) -> bool:
+        """Whether on all that are still on a watchdog is at work."""
+        return all(self.bench.hosts[machine.id].booted for machine in self.bench.alive()) and not self.bench.unguarded()
+
     def settled(self, since: float) -> bool:
         """Whether all that are still on stay on: their watchdogs have looked at the clock after `since` (unix time)."""
         for machine in self.bench.alive():
@@ -170,7 +174,7 @@ def launcher_dies_early(stage: Stage) -> bool:
     launcher = stage.launch_until("machine.s. run")
     launcher.kill()
     print("\n(the launcher is killed; 21 minutes later)\n", flush=True)
-    if not stage.until(lambda: not stage.bench.unguarded()):
+    if not stage.until(stage.watched):            # else a watchdog that starts later counts from then
         return False
     stage.bench.advance(21 * 60)
     return stage.until(lambda: not stage.bench.alive())
