@@ -64,7 +64,8 @@ class Bench:
                  "--object-store-memory=80000000"],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env=ray_keeper.environment(TOKEN) | {
-                    "HOME": str(self.home), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20"}))
+                    "HOME": str(self.home), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+                    "RAY_worker_niceness": "0"}))         # on a busy machine ranks that are nice starve
         until(self._whole, limit_s=120)
 
     def kill(self) -> None:
