@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import zipfile
@@ -44,6 +45,21 @@ def bench(stage, tmp_path, monkeypatch) -> Iterator[Bench]:
         for id in [group.id for group in vpc.values() if group.name != "default"]:
             del vpc[id]
     assert unguarded == []
+
+
+@pytest.fixture(scope="session")
+def by_hand(tmp_path_factory) -> list[tuple[str, int, float]]:
+    """The curve of the contract's recipe with two ranks, by torchrun alone: once, for all workers."""
+    from tests.cluster.test_contract import curve, train_by_hand
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent                        # which they share
+    with open(root / "by-hand.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (root / "by-hand").exists():
+            train_by_hand(root / "by-hand.partial")
+            (root / "by-hand.partial").rename(root / "by-hand")
+    return curve(root / "by-hand/runs/x")
 
 
 @pytest.fixture(scope="module")

@@ -87,20 +87,6 @@ def desk(request, tmp_path_factory) -> Iterator[Desk]:
 
 
 @pytest.fixture(scope="module")
-def by_hand(tmp_path_factory) -> list[tuple[str, int, float]]:
-    """The curve of the recipe with two ranks, by torchrun alone."""
-    folder = tmp_path_factory.mktemp("by-hand")
-    make_text(folder / "data/little")
-    (folder / "runs/x").mkdir(parents=True)
-    (folder / "runs/x/recipe.json").write_text(json.dumps(to_json(override(tiny, *OVERRIDES).recipe)))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
-                    f"--master-port={free_port()}", "-m", "txl.train", "runs/x/recipe.json"], cwd=folder, check=True,
-                   env=os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-                   timeout=LAUNCH_S)
-    return curve(folder / "runs/x")
-
-
-@pytest.fixture(scope="module")
 def straight(desk) -> Path:
     """The folder of a run that nothing has disturbed."""
     assert desk.launch("straight").wait(LAUNCH_S) == 0, desk.screen("straight")
@@ -219,6 +205,17 @@ def make_text(folder: Path) -> None:
         words = [f"w{min(199, int(chance.paretovariate(.7)))}" for _ in range(count)]
         lines = (" ".join(words[i:i + 20]) for i in range(0, count, 20))
         (folder / f"{split}.txt").write_text("\n".join(lines) + "\n")
+
+
+def train_by_hand(folder: Path) -> None:
+    """The recipe with two ranks, by torchrun alone, in `folder`/runs/x."""
+    make_text(folder / "data/little")
+    (folder / "runs/x").mkdir(parents=True)
+    (folder / "runs/x/recipe.json").write_text(json.dumps(to_json(override(tiny, *OVERRIDES).recipe)))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-addr=127.0.0.1",
+                    f"--master-port={free_port()}", "-m", "txl.train", "runs/x/recipe.json"], cwd=folder, check=True,
+                   env=os.environ | {"PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+                   timeout=LAUNCH_S)
 
 
 def curve(run_dir: Path) -> list[tuple[str, int, float]]:

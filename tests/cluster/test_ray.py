@@ -92,20 +92,9 @@ def laptop(cluster, tmp_path) -> Iterator[Laptop]:
     until(lambda: all(job.ended for job in cluster.dashboard.jobs()), limit_s=60)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> list[tuple[str, int, float]]:
-    """The curve of two ranks on the backend `local`."""
-    folder = tmp_path_factory.mktemp("local")
-    make_text(folder / "data/little")
-    subprocess.run([sys.executable, str(CHECKOUT / "launch.py"), "--config=tiny", "--backend=local", "--machines=2",
-                    "--name=x", *(f"--set={override}" for override in OVERRIDES)], cwd=folder, check=True,
-                   timeout=LAUNCH_S, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    return curve(folder / "runs/x")
-
-
 @needs_ray
 @pytest.mark.slow
-def test_a_run_whose_disks_are_gone_goes_on_from_the_checkpoints_in_its_storage(laptop, cluster, tmp_path, undisturbed):
+def test_a_run_whose_disks_are_gone_goes_on_from_the_checkpoints_in_its_storage(laptop, cluster, tmp_path, by_hand):
     make_text(cluster.home / "txl/data/little")
     flags = ("--machines=2", f"--storage_path=file://{tmp_path}/bucket")
     first = laptop.launch(*flags, name="far")
@@ -117,7 +106,7 @@ def test_a_run_whose_disks_are_gone_goes_on_from_the_checkpoints_in_its_storage(
     second = laptop.launch(*flags, name="far")
     second.until(f"resuming from .*step {step}$", LAUNCH_S)
     assert second.wait(LAUNCH_S) == 0
-    assert curve(laptop.folder / "runs/far") == undisturbed
+    assert curve(laptop.folder / "runs/far") == by_hand
     kept = sorted(path.name for path in (tmp_path / "bucket/far").glob("step-*"))
     assert kept == sorted(path.name for path in (cluster.home / "txl/runs/far/checkpoints").glob("step-*"))
 
@@ -125,7 +114,7 @@ def test_a_run_whose_disks_are_gone_goes_on_from_the_checkpoints_in_its_storage(
 @needs_ray
 @pytest.mark.slow
 def test_the_loss_of_a_node_changes_nothing_of_the_curve_and_what_is_small_comes_here(
-        laptop, cluster, tmp_path, undisturbed):
+        laptop, cluster, tmp_path, by_hand):
     there = tmp_path / "there"
     make_text(there / "data/little")
     training = laptop.launch("--machines=2", f"--storage_path={there}", name="lost")
@@ -135,7 +124,7 @@ def test_the_loss_of_a_node_changes_nothing_of_the_curve_and_what_is_small_comes
     training.until("resuming from", LAUNCH_S)
     assert training.wait(LAUNCH_S) == 0, laptop.screen("lost")
     run_dir, kept = laptop.folder / "runs/lost", there / "runs/lost"
-    assert curve(run_dir) == undisturbed
+    assert curve(run_dir) == by_hand
     theirs = {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*")
               if path.is_file() and path.suffix != ".pt" and not path.name.startswith(".")}
     assert {path: (run_dir / path).read_bytes() for path in theirs} == theirs
