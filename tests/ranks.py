@@ -9,7 +9,8 @@ from collections.abc import Callable
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "txl.task", "engine.loop", "torch.utils.tensorboard"])
+_context.set_forkserver_preload([                  # torch._dynamo: the first step of any optimizer would import it
+    "torch", "txl.task", "engine.loop", "torch.utils.tensorboard", "torch._dynamo"])
 
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
