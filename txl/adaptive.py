@@ -5,6 +5,7 @@ the plain ones. B batch, T positions, R = B*T rows, D d_model, V vocabulary.
 """
 from __future__ import annotations
 
+import math
 from itertools import pairwise
 
 import torch
@@ -28,6 +29,13 @@ def cluster_rows(targets_BT: Tensor, cutoffs: tuple[int, ...]) -> tuple[Tensor, 
     return tuple(((flat_R >= low) & (flat_R < high)).nonzero().squeeze(1) for low, high in pairwise(edges))
 
 
+def chance(words: Tensor, V: int, tries: int) -> Tensor:
+    """That a word is among so many drawn log-uniformly: word n, of a vocabulary with the frequent ones first, each time
+    with p = log((n + 2) / (n + 1)) / log(V + 1)."""
+    p = torch.log1p(1 / (words + 1.0)) / math.log(V + 1)
+    return -torch.expm1(tries * torch.log1p(-p))
+
+
 class AdaptiveVocabulary(nn.Module):
     """The vocabulary's end of the model: `embed` tokens, and `nll` or `log_prob` of what they might be.
 
@@ -43,6 +51,7 @@ class AdaptiveVocabulary(nn.Module):
         if self.edges[-1] <= self.edges[-2]:
             raise BadValue(f"the last cutoff {model.cutoffs[-1]} must be below the vocabulary's {n_token} tokens")
         self.cutoffs, self.d_model = model.cutoffs, model.d_model
+        self.samples = model.sample_softmax
         self.shared_table = model.div_val == 1
         sizes = [(n_token, model.d_embed_of(0))] if self.shared_table else [
             (high - low, model.d_embed_of(i)) for i, (low, high) in enumerate(self.clusters)]
@@ -80,8 +89,11 @@ class AdaptiveVocabulary(nn.Module):
         """-log p(target) in nats, in the order of the rows; 0 where the target is IGNORE. Autocast makes it fp32.
 
         `rows` is cluster_rows(target), computed here where absent. A cluster without a target still takes part, with
-        no rows, so that all its parameters get a (zero) gradient on every rank.
+        no rows, so that all its parameters get a (zero) gradient on every rank. With sample_softmax training has an
+        estimate, evaluation all words.
         """
+        if self.samples is not None and self.training:
+            return self._sampled_nll(hidden_RD, target_R, self.samples)
         rows = cluster_rows(target_R, self.cutoffs) if rows is None else rows
         head_target_R = target_R
         for i, (low, high) in enumerate(self.clusters[1:]):
@@ -92,6 +104,25 @@ class AdaptiveVocabulary(nn.Module):
             tail_target = target_R.index_select(0, rows_C) - self.edges[i]
             nll_R = nll_R.index_add(0, rows_C, F.cross_entropy(logits, tail_target, reduction="none"))
         return nll_R
+
+    def _sampled_nll(self, hidden_RD: Tensor, target_R: Tensor, samples: int) -> Tensor:
+        """-log p(target) among itself and S words that are drawn for all rows in 2 * samples tries, in fp32.
+
+        Each counts by how often it is expected (arXiv:1412.2007): one that is drawn twice counts once, one that is a
+        row's target not among that row's others.
+        """
+        V, tries = len(self.bias), 2 * samples
+        uniform_S = torch.rand(tries, device=hidden_RD.device, dtype=torch.float64)
+        drawn_S = (((V + 1) ** uniform_S).long() - 1).clamp(0, V - 1).sort().values
+        again_S = F.pad(drawn_S[1:] == drawn_S[:-1], (1, 0))
+        target = target_R.clamp(min=0)
+        table, h = self._table(0), self._project(0, hidden_RD)
+        true_R = (h * table[target]).sum(-1).float() + self.bias[target] - chance(target, V, tries).log()
+        others_RS = F.linear(h, table[drawn_S]).float() + self.bias[drawn_S] - chance(drawn_S, V, tries).log()
+        others_RS = others_RS.masked_fill(again_S | (drawn_S == target.unsqueeze(1)), float("-inf"))
+        nll_R = torch.cat([true_R.unsqueeze(1), others_RS], dim=1).logsumexp(1) - true_R
+        unused = self.cluster_weight.sum() + self.cluster_bias.sum()      # 0: DDP wants a gradient of every parameter
+        return nll_R.masked_fill(target_R == IGNORE, 0.0) + unused
 
     def log_prob(self, hidden_RD: Tensor) -> Tensor:
         """log p of every word, [R, V]."""

@@ -42,6 +42,7 @@ class Model:
     tie_weight: bool = True                       # softmax weights are the embedding's
     tie_projs: tuple[bool, ...] | None = None     # by cluster, head first; None: all but the head
     cutoffs: tuple[int, ...] = ()
+    sample_softmax: int | None = None             # words to draw, of which training tells the target apart; None: all
     div_val: int = 1
     init: Literal["normal", "uniform"] = "normal"
     init_std: float = 0.02
@@ -64,6 +65,8 @@ class Model:
             raise ValueError(f"cutoffs must be positive and rise, not {self.cutoffs}")
         if self.div_val > 1 and not self.cutoffs:
             raise ValueError("div_val above 1 needs cutoffs: it shrinks the embeddings of the tail clusters")
+        if self.sample_softmax is not None and (self.sample_softmax < 1 or self.cutoffs):
+            raise ValueError("sample_softmax must be at least 1, and is for a softmax without cutoffs")
         if self.d_embed_of(len(self.cutoffs)) < 1:
             raise ValueError("div_val leaves the last cluster no dimension")
         if self.tie_projs is not None and len(self.tie_projs) != len(self.cutoffs) + 1:
@@ -194,5 +197,6 @@ def flops_per_token(model: Model, context: Context, n_token: int) -> float:
     scores = products * 2 * width * (context.mem_len + context.tgt_len / 2)
     per_token = 2 * (4 * d * width + 2 * d * model.d_inner) + scores
     memory = 2 * 2 * d * width * context.mem_len / context.tgt_len
-    head = 2 * d * (model.cutoffs[0] + len(model.cutoffs) if model.cutoffs else n_token)
+    scored = model.cutoffs[0] + len(model.cutoffs) if model.cutoffs else n_token
+    head = 2 * d * min(scored, 2 * (model.sample_softmax or n_token))
     return model.n_layer * (3 * per_token + 2 * memory) + 3 * head

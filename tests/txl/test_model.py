@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from tests.txl import reference
-from txl.adaptive import IGNORE
+from txl.adaptive import IGNORE, chance
 from txl.config import Context, Model, flops_per_token, n_params
 from txl.model import TransformerXL, distances, rel_shift, sinusoids
 
@@ -214,6 +214,55 @@ def test_ignored_targets_have_no_loss_and_no_gradient():
         assert hidden.grad[1].abs().sum() > 0
 
 
+def sampled(samples: int):
+    net = build(Model(**SMALL, sample_softmax=samples))
+    hidden = torch.randn(4, 8, dtype=torch.float64, requires_grad=True)
+    return net.vocabulary, hidden, torch.tensor([0, 5, 12, IGNORE])
+
+
+def test_a_sampled_softmax_that_draws_every_word_is_the_full_softmax_also_in_its_gradients():
+    vocabulary, hidden, target = sampled(20_000)
+    found = vocabulary.train().nll(hidden, target)
+    expected = vocabulary.eval().nll(hidden, target)
+    assert_close(found, expected, rtol=1e-6, atol=1e-6, check_dtype=False)
+    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
+    of_found, of_expected = (torch.autograd.grad((x * weights).sum(), [hidden, *vocabulary.parameters()])
+                             for x in (found, expected))
+    for x, y in zip(of_found, of_expected):
+        assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def test_a_sampled_softmax_expects_the_sum_over_all_words():
+    """Over many draws what the drawn words add to the target's own exp(logit) is, on average, what all others have."""
+    vocabulary, hidden, target = sampled(2)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        drawn = torch.stack([vocabulary.train().nll(hidden, target) for _ in range(20_000)])[:, :3]
+        logits = hidden @ vocabulary.tables[0].T + vocabulary.bias
+        tries = 4
+    for row, word in enumerate([0, 5, 12]):
+        p = math.log((word + 2) / (word + 1)) / math.log(V + 1)
+        q = 1 - (1 - p) ** tries
+        others = (drawn[:, row].exp().mean() - 1) * logits[row, word].exp() / q
+        assert others.item() == pytest.approx((logits[row].exp().sum() - logits[row, word].exp()).item(), rel=0.04)
+
+
+def test_the_chance_to_be_drawn_is_exact_also_of_the_rarest_word():
+    found = chance(torch.tensor([0, 1, 200_000, 267_734]), 267_735, 8192)
+    for x, n in zip(found.tolist(), [0, 1, 200_000, 267_734]):
+        p = math.log((n + 2) / (n + 1)) / math.log(267_736)
+        assert x == pytest.approx(1 - (1 - p) ** 8192, rel=1e-5)
+
+
+def test_a_sampled_softmax_draws_the_frequent_words_more_often_and_evaluates_all():
+    vocabulary, hidden, target = sampled(1)
+    assert_close(vocabulary.eval().nll(hidden, target)[:3], -vocabulary.log_prob(hidden)[[0, 1, 2], [0, 5, 12]],
+                 check_dtype=False, rtol=1e-6, atol=1e-6)
+    assert not torch.equal(vocabulary.train().nll(hidden, target), vocabulary.nll(hidden, target))
+    with pytest.raises(ValueError, match="sample_softmax must be at least 1, and is for"):
+        Model(**SMALL, sample_softmax=10, cutoffs=(4, 9))
+
+
 CUTOFFS, NVIDIA_CUTOFFS, WORDS = (20000, 40000, 200000), (19997, 39997, 199997), 267735
 COUNTS = {                                        # the reference's table of named models
     "paper wt103 base": (151_107_538, Model(16, 410, 10, 41, 2100, cutoffs=CUTOFFS), WORDS),
@@ -255,6 +304,8 @@ def test_flops_count_the_products_of_a_layer_and_of_a_full_softmax():
     projections, feed_forward, attention, softmax = 4 * 2 * 2, 2 * 2 * 4, 3 * 2 * 0.5, 2 * 7
     by_hand = 6 * (projections + feed_forward + attention + softmax)
     assert flops_per_token(model, Context(1, 0), 7) == by_hand
+    drawn = replace(model, sample_softmax=2)      # 4 words in place of 7
+    assert flops_per_token(drawn, Context(1, 0), 7) == by_hand - 6 * 2 * 3
 
 
 def test_initial_values_follow_the_ancestors_rules():
