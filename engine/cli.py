@@ -37,7 +37,8 @@ def flag(about: str, default: Any = dataclasses.MISSING) -> Any:
 def parse(flags: type[T], argv: list[str], *, prog: str, about: str, more: Callable[[], str] = str) -> T:
     """The command line as a `flags`. Misuse is one line on stderr and exit status 2; --help prints and exits with 0.
 
-    `about` heads the help and `more()` ends it. A field of type tuple may be repeated, any other not.
+    `about` heads the help and `more()` ends it. A field of type tuple may be repeated, any other not; numbers may also
+    stand between commas.
     """
     if "--help" in argv or "-h" in argv:
         print(_help(flags, prog, about) + more())
@@ -82,7 +83,9 @@ def _checked(flags: Any, argv: list[str]) -> Any:
         if not text:
             raise values.BadValue(f"--{name}= is empty. Give a value or leave it out")
         if many:
-            given.setdefault(name, []).append(values.parse(typing.get_args(kind)[0], text, f"--{name}"))
+            of = typing.get_args(kind)[0]
+            given.setdefault(name, []).extend(values.parse(kind, text, f"--{name}") if of in (int, float) else
+                                              [values.parse(of, text, f"--{name}")])
         else:
             given[name] = True if text == _BARE else values.parse(kind, text, f"--{name}")
     for f in dataclasses.fields(flags):

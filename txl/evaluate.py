@@ -1,96 +1,180 @@
 """What a run reached, as a table: a unigram model, this model without memory, and with it.
 
     python -m txl.evaluate --run=runs/demo
-    python -m txl.evaluate --run=runs/demo --split=valid --tgt_len=64 --mem_len=640 --clamp_len=400 --same_length
+    python -m txl.evaluate --run=runs/demo --split=all --protocol=nvidia --tgt_len=64 --mem_len=640 --clamp_len=400 \\
+        --same_length
+    python -m txl.evaluate --run=runs/demo --scan_mem_len=0,32,64,128
+    python -m txl.evaluate --run=runs/demo --text="def main(argv):"
+    torchrun --nproc-per-node=8 -m txl.evaluate --run=runs/demo
 
-Every token of the split is predicted once. Perplexity is per token of the run's own vocabulary; bits per byte can be
-compared between vocabularies.
+Every token of the split is predicted once, unless another --protocol is asked for. Perplexity is per token of the run's
+own vocabulary; per word (the ends of lines are words) and in bits per byte, vocabularies can be compared.
 """
 from __future__ import annotations
 
 import json
 import math
 import sys
+import time
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 
-from engine import checkpoint
-from engine.cli import flag, parse
-from engine.loop import load_weights
+from engine.checkpoint import CheckpointError
+from engine.cli import flag, misuse, parse
 from engine.precision import precision_for
 from engine.task import Score
 from engine.values import BadValue, override
 from engine.world import World, world
+from txl.batches import Streams
 from txl.config import Context, Recipe
-from txl.data import Corpus, DataError, load
-from txl.model import TransformerXL
-from txl.task import evaluate, read_recipe
+from txl.data import DataError
+from txl.model import Memory, TransformerXL
+from txl.protocol import STREAMS, Protocol
+from txl.task import evaluate
+from txl.text import count_words, unknown, words
+from txl.trained import Trained, restore
 
 
 @dataclass(frozen=True)
 class Flags:
     run: str = flag("folder of the run, or of one of its checkpoints; of a run the best is taken")
-    split: Literal["test", "valid", "train"] = flag("which text", default="test")
+    split: Literal["test", "valid", "train", "all"] = flag("which text; all: valid and test", default="test")
     tgt_len: int | None = flag("tokens predicted at a time; unless given, the recipe's for the split", default=None)
     mem_len: int | None = flag("tokens remembered", default=None)
     clamp_len: int | None = flag("cap of the distance that positions express", default=None)
     same_length: bool = flag("every token sees exactly mem_len before it", default=False)
+    protocol: Literal[Protocol] = flag("how the split is read; the others drop a tail", default="exact")
+    streams: int | None = flag("streams read at once; unless given, the recipe's, or the protocol's", default=None)
+    percentiles: tuple[float, ...] = flag("of the time that a segment takes", default=(90, 95, 99))
+    scan_mem_len: tuple[int, ...] = flag("what memory is worth: lengths to compare; TensorBoard draws it", default=())
+    text: str | None = flag("score this text instead, word by word; -: the one on stdin", default=None)
 
 
 @dataclass(frozen=True)
-class Trained:
-    """A run read back: its recipe, its data, and the model with the weights of one checkpoint."""
-    recipe: Recipe
-    corpus: Corpus
-    net: TransformerXL
-    checkpoint: checkpoint.Checkpoint
+class How:
+    """How a split is measured."""
+    context: Context
+    streams: int
+    protocol: Protocol
 
 
 def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, prog="-m txl.evaluate", about=__doc__)
+    if (flags.streams or 1) < 1 or not all(0 <= p <= 100 for p in flags.percentiles):
+        misuse("--streams must be at least 1, and --percentiles between 0 and 100")
     with world() as w:
         try:
             trained = restore(Path(flags.run), w)
-            lines = table(trained, flags.split, _context(trained.recipe, flags), w)
-        except (BadValue, DataError, checkpoint.CheckpointError) as error:
+            with torch.no_grad(), precision_for(trained.recipe.precision, w.device).autocast():
+                report = _report(trained, flags, w)
+        except (BadValue, DataError, CheckpointError) as error:
             print(error, file=sys.stderr)
             return 1
         if w.leads:
-            print(lines)
+            print(report)
     return 0
 
 
-def restore(path: Path, w: World) -> Trained:
-    """The run at `path` (its folder, or a checkpoint's). Raises BadValue, DataError, CheckpointError."""
-    found = checkpoint.find(path)
-    recipe = read_recipe(found.path.parent.parent / "recipe.json")
-    corpus = load(recipe.data)
-    net = TransformerXL(recipe.model, corpus.n_token)
-    load_weights(net, found, corpus.vocab.hash)
-    return Trained(recipe, corpus, net.to(w.device).eval(), found)
-
-
-def table(trained: Trained, split: str, context: Context, w: World) -> str:
-    """The comparison, with the protocol it was measured by and what the training cost."""
-    corpus, recipe = trained.corpus, trained.recipe
-    with precision_for(recipe.precision, w.device).autocast():
-        with_memory = evaluate(trained.net, corpus, split, context, recipe.eval_streams, w)
-        without = evaluate(trained.net, corpus, split, replace(context, mem_len=0), recipe.eval_streams, w)
-    unigram = unigram_nats(corpus.splits["train"], corpus.splits[split], corpus.n_token)
-    rows = [("a unigram model", unigram), ("this model without memory", without.nats),
-            ("this model with memory", with_memory.nats)]
-    lines = [f"{split} of {recipe.data.dir}, {with_memory.tokens:,} tokens of a vocabulary of {corpus.n_token:,}",
-             f"{'':<28}{'perplexity':>12}{'of unigram':>12}{'bits per byte':>15}"]
-    for name, nats in rows:
-        ppl = math.exp(nats / with_memory.tokens)
-        share = ppl / math.exp(unigram / with_memory.tokens)
-        lines.append(f"{name:<28}{ppl:>12.2f}{share:>12.1%}{nats / math.log(2) / corpus.n_bytes[split]:>15.3f}")
+def table(trained: Trained, split: str, how: How, percentiles: tuple[float, ...], w: World) -> str:
+    """The comparison, with the protocol it was measured by and what the training cost. Collective."""
+    corpus, (with_memory, seconds) = trained.corpus, measure(trained, split, how, w)
+    without, _ = measure(trained, split, replace(how, context=replace(how.context, mem_len=0)), w)
+    text = corpus.splits[split]
+    unigram = unigram_nats(corpus.splits["train"], text, corpus.n_token) / len(text)
+    rows = [("a unigram model", unigram), ("this model without memory", without.loss),
+            ("this model with memory", with_memory.loss)]
+    n_words = count_words(corpus.vocab, text)
+    lines = [f"{split} of {trained.recipe.data.dir}, {with_memory.tokens:,} tokens of a vocabulary of "
+             f"{corpus.n_token:,}",
+             f"{'':<28}{'perplexity':>12}{'of unigram':>12}{'per word':>12}{'bits per byte':>15}"]
+    lines += [f"{name:<28}{math.exp(loss):>12.2f}{math.exp(loss - unigram):>12.1%}"
+              f"{_exp(loss * len(text) / n_words):>12}{loss / math.log(2) * len(text) / corpus.n_bytes[split]:>15.3f}"
+              for name, loss in rows]
     return "\n".join([*lines, f"({with_memory.protocol}; weights of step {trained.checkpoint.step})",
-                      *_cost(trained.checkpoint.path.parent.parent / "metrics.jsonl", with_memory)])
+                      *_cost(trained.folder / "metrics.jsonl", with_memory), speed(seconds, how, percentiles)])
+
+
+def scan(trained: Trained, split: str, how: How, mem_lens: tuple[int, ...], w: World) -> str:
+    """What memory is worth: the loss by mem_len, as a table and, beside the run, for TensorBoard. Collective."""
+    corpus, text = trained.corpus, trained.corpus.splits[split]
+    per_word, per_byte = len(text) / count_words(corpus.vocab, text), len(text) / corpus.n_bytes[split]
+    scores = [(mem_len, *measure(trained, split, replace(how, context=replace(how.context, mem_len=mem_len)), w))
+              for mem_len in mem_lens]
+    lines = [f"{split} of {trained.recipe.data.dir} by mem_len, weights of step {trained.checkpoint.step}",
+             f"{'mem_len':>7}{'perplexity':>12}{'per word':>12}{'bits per byte':>15}{'ms a segment':>14}  protocol"]
+    lines += [f"{mem_len:>7}{math.exp(score.loss):>12.2f}{_exp(score.loss * per_word):>12}"
+              f"{score.loss / math.log(2) * per_byte:>15.3f}{1000 * float(np.median(seconds)):>14.2f}  {score.protocol}"
+              for mem_len, score, seconds in scores]
+    if w.leads:
+        from torch.utils.tensorboard import SummaryWriter  # 1 s to import
+        with SummaryWriter(str(trained.folder / "tensorboard" / f"mem_len-{split}")) as tags:
+            for mem_len, score, _ in scores:
+                tags.add_scalar("scan/ppl_by_mem_len", math.exp(score.loss), mem_len)
+    return "\n".join(lines)
+
+
+def measure(trained: Trained, split: str, how: How, w: World) -> tuple[Score, list[float]]:
+    """The score, and the seconds that each segment took the slowest rank. Collective. Raises BadValue."""
+    ends = [time.perf_counter()]
+
+    def lap() -> None:
+        if w.device.type == "cuda":
+            torch.cuda.synchronize(w.device)
+        ends.append(time.perf_counter())
+    score = evaluate(trained.net, trained.corpus, split, how.context, how.streams, w, how.protocol, lap)
+    by_rank = w.gather([end - begin for begin, end in pairwise(ends)])
+    return score, [max(times) for times in zip(*filter(None, by_rank))]      # a rank without a stream has no segments
+
+
+def speed(seconds: list[float], how: How, percentiles: tuple[float, ...]) -> str:
+    """Latency and throughput of a segment, without those during which memory fills and kernels are chosen."""
+    first = how.context.mem_len // how.context.tgt_len + 2
+    timed = seconds[first:-1]                                 # the last is shorter
+    if not timed:
+        return f"too short to time: {len(seconds)} segments, of which the first {first} and the last do not count"
+    mean, tokens = sum(timed) / len(timed), how.streams * how.context.tgt_len
+    shown = [f"{p:g}% within {1000 * x:.2f}" for p, x in zip(percentiles, np.percentile(timed, percentiles))]
+    return (f"a segment of {how.streams} x {how.context.tgt_len} tokens takes "
+            f"{', '.join([f'{1000 * mean:.2f} ms on average', *shown])}: {tokens / mean:,.0f} tokens/s "
+            f"({len(timed)} of {len(seconds)} segments: without the first {first} and the last)")
+
+
+def text_table(trained: Trained, text: str, context: Context) -> str:
+    """A text word by word: what each costs, and the whole. Raises BadValue, DataError."""
+    vocab = trained.corpus.vocab
+    scored = words(vocab, text)
+    nats = token_nats(trained.net, [i for _, ids in scored for i in ids], vocab.start, context)
+    if not nats:
+        raise BadValue("There is no word in the text to score")
+    lines, at = [f"{'word':<28}{'tokens':>8}{'nats':>9}{'perplexity':>14}"], 0
+    for word, ids in scored:
+        loss = sum(nats[at:at + len(ids)])
+        lines.append(f"{json.dumps(word, ensure_ascii=False)[1:-1]:<28}{len(ids):>8}{loss:>9.3f}{_exp(loss):>14}")
+        at += len(ids)
+    total = sum(nats)
+    lines += [f"{len(scored)} words, {len(nats)} tokens: {total / len(nats):.4f} nats a token, perplexity "
+              f"{_exp(total / len(nats))} per token, {_exp(total / len(scored))} per word, "
+              f"{total / math.log(2) / len(text.encode()):.3f} bits per byte (from an empty memory, tgt_len "
+              f"{context.tgt_len}, mem_len {context.mem_len}; weights of step {trained.checkpoint.step})"]
+    if outside := unknown(vocab, scored):
+        lines.append(f"Not in the vocabulary and read as <unk>: {', '.join(outside)}")
+    return "\n".join(lines)
+
+
+def token_nats(net: TransformerXL, ids: list[int], start: int, context: Context) -> list[float]:
+    """-log p of each token, each after all before it and `start`."""
+    streams, nats = Streams(np.array(ids, np.int64), start, 1), list[float]()
+    memory: Memory | None = None
+    for k in range(streams.segments(context.tgt_len)):
+        segment = streams.segment(range(1), k, context, net.config.cutoffs).to(net.u.device)
+        nll_BT, memory = net(segment.tokens_BQ, segment.targets_BT, memory, context, segment.rows)
+        nats += nll_BT[0].tolist()
+    return nats
 
 
 def unigram_nats(train: np.ndarray, text: np.ndarray, n_token: int) -> float:
@@ -99,10 +183,31 @@ def unigram_nats(train: np.ndarray, text: np.ndarray, n_token: int) -> float:
     return float(-np.log(counts / counts.sum())[text].sum())
 
 
-def _context(recipe: Recipe, flags: Flags) -> Context:
+def _report(trained: Trained, flags: Flags, w: World) -> str:
+    """What was asked for. Collective; of a text the leader alone makes it."""
+    if flags.text is not None:
+        if not w.leads:
+            return ""
+        text = sys.stdin.read() if flags.text == "-" else flags.text
+        return text_table(trained, text, _context(trained.recipe, flags, "test"))
+    streams = flags.streams or STREAMS.get(flags.protocol, trained.recipe.eval_streams)
+    reports = []
+    for split in ("valid", "test") if flags.split == "all" else (flags.split,):
+        how = How(_context(trained.recipe, flags, split), streams, flags.protocol)
+        reports.append(scan(trained, split, how, flags.scan_mem_len, w) if flags.scan_mem_len else
+                       table(trained, split, how, flags.percentiles, w))
+    return "\n\n".join(reports)
+
+
+def _context(recipe: Recipe, flags: Flags, split: str) -> Context:
     given = [f"{name}={getattr(flags, name)}" for name in ("tgt_len", "mem_len", "clamp_len", "same_length")
              if getattr(flags, name) is not None and getattr(flags, name) is not False]
-    return override(recipe.context_of(flags.split), *given)
+    return override(recipe.context_of(split), *given)
+
+
+def _exp(loss: float) -> str:
+    """Perplexity, of a size that need not be a float's."""
+    return f"{math.exp(loss):.2f}" if loss < 16 else f"1e{loss / math.log(10):.1f}"
 
 
 def _cost(metrics: Path, score: Score) -> list[str]:
@@ -120,5 +225,4 @@ def _cost(metrics: Path, score: Score) -> list[str]:
 
 
 if __name__ == "__main__":
-    torch.set_grad_enabled(False)
     sys.exit(main(sys.argv[1:]))

@@ -17,8 +17,8 @@ from engine.values import BadValue
 from engine.world import world
 from txl.config import Context
 from txl.data import DataError
-from txl.evaluate import Trained, restore
 from txl.model import Memory
+from txl.trained import Trained, restore
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from txl.batches import Segment, Streams
 from txl.config import Context, Recipe, flops_per_token
 from txl.data import Corpus
 from txl.model import Memory, TransformerXL
+from txl.protocol import Protocol, context_for, described, segments
 
 
 @dataclass(frozen=True)
@@ -83,30 +84,24 @@ def read_recipe(path: Path) -> Recipe:
 
 
 @torch.no_grad()
-def evaluate(model: TransformerXL, corpus: Corpus, split: str, context: Context, count: int, world: World) -> Score:
-    """The exact loss of a split: every token of it once, in `count` parallel streams that each start without memory.
+def evaluate(model: TransformerXL, corpus: Corpus, split: str, context: Context, count: int, world: World,
+             protocol: Protocol = "exact", after_segment: Callable[[], None] = lambda: None) -> Score:
+    """The loss of a split, read in `count` parallel streams as the protocol has it. Raises BadValue.
 
     The number depends on `count` (short streams know less), not on the ranks, which share the streams out.
     """
     begin = time.perf_counter()
-    streams = Streams(corpus.splits[split], corpus.vocab.start, count)
     mine = share_of(count, world.rank, world.size)
+    reading = context_for(protocol, context)
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
     tokens, memory = 0, None
-    for k in range(streams.segments(context.tgt_len) if mine else 0):
-        segment = streams.segment(mine, k, context, model.config.cutoffs)
-        tokens += int((segment.targets_BT >= 0).sum())
+    for segment, counts in segments(protocol, corpus.splits[split], corpus.vocab.start, count, mine, reading,
+                                    model.config.cutoffs):
+        tokens += int((segment.targets_BT >= 0).sum()) if counts else 0
         segment = segment.to(world.device)
-        nll_BT, memory = model(segment.tokens_BQ, segment.targets_BT, memory, context, segment.rows)
-        nats += nll_BT.sum(dtype=torch.float64)
+        nll_BT, memory = model(segment.tokens_BQ, segment.targets_BT, memory, reading, segment.rows)
+        if counts:
+            nats += nll_BT.sum(dtype=torch.float64)
+        after_segment()
     total_nats, total_tokens = world.sum(nats.item(), tokens)
-    return Score(total_nats, int(total_tokens), time.perf_counter() - begin, protocol(context, count))
-
-
-def protocol(context: Context, count: int) -> str:
-    """How a number was measured, in words: without them perplexities cannot be compared."""
-    words = [f"every token once, {count} streams from an empty memory",
-             f"tgt_len {context.tgt_len}, mem_len {context.mem_len}"]
-    words += [f"ext_len {context.ext_len}"] if context.ext_len else []
-    words += [f"clamp_len {context.clamp_len}"] if context.clamp_len else []
-    return ", ".join(words + (["same_length"] if context.same_length else []))
+    return Score(total_nats, int(total_tokens), time.perf_counter() - begin, described(protocol, context, count))

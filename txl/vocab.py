@@ -40,6 +40,11 @@ class Vocab:
     def decode(self, ids: Iterable[int]) -> str:
         raise NotImplementedError
 
+    def piece(self, token: int, after: int | None = None) -> bytes:
+        """What a token adds to a text whose last token is `after`. The pieces of a text are what `decode` makes of
+        it, in UTF-8 that a piece may begin or end in the middle of."""
+        raise NotImplementedError
+
     def encode_file(self, path: Path) -> Iterator[np.ndarray]:
         """The ids of a file, int32, piece by piece. Raises DataError."""
         raise NotImplementedError
@@ -111,6 +116,11 @@ class WordVocab(Vocab):
         words = ("\n" if i == self.start else self._words[i] for i in ids)
         return re.sub(" ?\n ?", "\n", " ".join(words))
 
+    def piece(self, token: int, after: int | None = None) -> bytes:
+        if token == self.start:
+            return b"\n"
+        return f"{'' if after in (None, self.start) else ' '}{self._words[token]}".encode()
+
     def encode_file(self, path: Path) -> Iterator[np.ndarray]:
         edge = np.array([self.start], np.int32)
         if self.double:
@@ -173,6 +183,9 @@ class ByteVocab(Vocab):
         """The text; a byte that is not UTF-8 where it stands becomes the replacement character."""
         return bytes(ids).decode(errors="replace")
 
+    def piece(self, token: int, after: int | None = None) -> bytes:
+        return bytes([token])
+
     def encode_file(self, path: Path) -> Iterator[np.ndarray]:
         with open(path, "rb") as f:
             while block := f.read(1 << 20):
@@ -228,6 +241,9 @@ class BpeVocab(Vocab):
     def decode(self, ids: Iterable[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=False)
 
+    def piece(self, token: int, after: int | None = None) -> bytes:
+        return self._pieces[token]
+
     def encode_file(self, path: Path) -> Iterator[np.ndarray]:
         rest = pieces(path)
         while batch := list(islice(rest, 64)):    # tokens of short pieces stay small, and threads share a batch
@@ -238,6 +254,14 @@ class BpeVocab(Vocab):
     def _tokenizer(self) -> Any:
         from tokenizers import Tokenizer
         return Tokenizer.from_str(self.content())
+
+    @cached_property
+    def _pieces(self) -> list[bytes]:
+        """The bytes of each token, which its name spells in GPT-2's alphabet."""
+        visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+        hidden = [byte for byte in range(256) if byte not in visible]
+        byte_of = {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+        return [bytes(map(byte_of.__getitem__, self._tokenizer.id_to_token(i))) for i in range(self.size)]
 
 
 def pieces(path: Path, *, lines: bool = False) -> Iterator[str]:

@@ -36,6 +36,15 @@ def test_a_flag_is_understood_in_every_usual_spelling(argv):
     assert parsed(*argv) == Flags("a", dry_run=True, machines=2)
 
 
+def test_numbers_stand_between_commas_or_in_flags_of_their_own_but_a_text_keeps_its_commas():
+    @dataclass(frozen=True)
+    class Many:
+        length: tuple[int, ...] = flag("how long", ())
+        set: tuple[str, ...] = flag("may be repeated", ())
+    given = parse(Many, ["--length=1,2", "--set=a,b", "--length=30", "--set=c"], prog="prog.py", about="")
+    assert given == Many((1, 2, 30), ("a,b", "c"))
+
+
 def test_a_value_is_what_was_typed_and_not_evaluated_as_python():
     assert parsed("--config=1e3", "--name=[1,2]", "--rate=1e3") == Flags("1e3", name="[1,2]", rate=1000.0)
     assert parsed("--config=True", "--name=None-such") == Flags("True", name="None-such")

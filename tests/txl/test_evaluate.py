@@ -1,25 +1,31 @@
 """Reading a run back: its table, its samples, and what is said when there is nothing to read."""
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import math
 import random
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from engine.loop import train
 from engine.run import Run
 from engine.values import to_json
 from engine.world import world
+from tests.ranks import run_ranks
 from tests.txl.small import RECIPE
 from txl import evaluate, generate
-from txl.config import Data
+from txl.config import Context, Data
 from txl.data import load
-from txl.task import TransformerXLTask
+from txl.model import TransformerXL
+from txl.task import TransformerXLTask, read_recipe
 from txl.train import main as train_main
 
 
@@ -63,6 +69,124 @@ def test_flags_change_the_context_and_the_table_says_so(run, capsys):
     assert evaluate.main([f"--run={run}", "--split=valid", "--tgt_len=5", "--mem_len=11", "--clamp_len=7",
                           "--same_length"]) == 0
     assert "tgt_len 5, mem_len 11, clamp_len 7, same_length" in capsys.readouterr().out
+
+
+def perplexities(out: str) -> list[str]:
+    return re.findall(r"^(?:a|this) .*model.*", out, re.MULTILINE)
+
+
+def test_all_is_validation_and_test(run, capsys):
+    def said(split):
+        assert evaluate.main([f"--run={run}", f"--split={split}"]) == 0
+        return capsys.readouterr().out
+    valid, test, both = map(said, ("valid", "test", "all"))
+    assert perplexities(both) == perplexities(valid) + perplexities(test)
+    assert perplexities(valid) != perplexities(test)
+
+
+def test_a_vocabulary_of_words_has_its_perplexity_per_word(run, capsys):
+    assert evaluate.main([f"--run={run}"]) == 0
+    for row in perplexities(capsys.readouterr().out):
+        perplexity, _, per_word, bits_per_byte = row.split()[-4:]
+        assert perplexity == per_word
+        text = (run / "test.txt").read_text()
+        n_words = len(text.split()) + text.count("\n")
+        assert 2 ** (float(bits_per_byte) * len(text) / n_words) == pytest.approx(float(perplexity), abs=0.02)
+
+
+@pytest.mark.parametrize("protocol", ["exact", "nvidia", "original"])
+def test_ranks_make_no_difference(run, protocol):
+    flags = [f"--run={run}", f"--protocol={protocol}", "--streams=5", "--tgt_len=8", "--mem_len=8"]
+    alone, (leader, other) = _said(flags), run_ranks(2, _said, flags)
+    assert perplexities(leader) == perplexities(alone) != []
+    assert re.findall(r"^\(.*", leader, re.MULTILINE) == re.findall(r"^\(.*", alone, re.MULTILINE) != []
+    assert other == ""
+
+
+def _said(flags: list[str]) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert evaluate.main(flags) == 0
+    return out.getvalue()
+
+
+def test_other_protocols_have_their_own_number_of_streams_and_say_so(run, capsys):
+    for protocol, words in (("nvidia", "NVIDIA's protocol: 16 streams, each after the last 8 tokens"),
+                            ("original", "the original's protocol: 10 streams from an empty memory")):
+        assert evaluate.main([f"--run={run}", f"--protocol={protocol}", "--tgt_len=4", "--mem_len=6"]) == 0
+        assert words in capsys.readouterr().out
+    assert evaluate.main([f"--run={run}", "--protocol=nvidia", "--mem_len=999"]) == 1
+    assert "Give fewer --streams" in capsys.readouterr().err
+
+
+def test_a_segments_time_leaves_out_the_first_and_the_last():
+    how = evaluate.How(Context(tgt_len=10, mem_len=25), streams=4, protocol="exact")
+    seconds = [9.0, 9.0, 9.0, 9.0, *(x / 1000 for x in range(101)), 9.0]
+    assert evaluate.speed(seconds, how, (90, 99.5)) == (
+        "a segment of 4 x 10 tokens takes 50.00 ms on average, 90% within 90.00, 99.5% within 99.50: 800 tokens/s "
+        "(101 of 106 segments: without the first 4 and the last)")
+    assert "too short to time: 5 segments" in evaluate.speed(seconds[:5], how, (90,))
+
+
+def test_lengths_of_memory_are_compared_and_drawn(run, tmp_path, capsys):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert evaluate.main([f"--run={copy}", "--scan_mem_len=0,4,8", "--percentiles=50,75"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["0", "4", "8"]
+    for mem_len, perplexity, *_ in rows:
+        assert evaluate.main([f"--run={run}", f"--mem_len={mem_len}"]) == 0
+        assert perplexities(capsys.readouterr().out)[-1].split()[-4] == perplexity
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    drawn = EventAccumulator(str(copy / "tensorboard" / "mem_len-test"))
+    drawn.Reload()
+    assert [(str(x.step), f"{x.value:.2f}") for x in drawn.Scalars("scan/ppl_by_mem_len")] == [
+        (mem_len, perplexity) for mem_len, perplexity, *_ in rows]
+
+
+def test_a_text_costs_what_the_same_text_as_a_split_does(run, capsys, monkeypatch):
+    assert evaluate.main([f"--run={run}", "--streams=1"]) == 0
+    of_split = perplexities(capsys.readouterr().out)[-1].split()[-4]
+    monkeypatch.setattr("sys.stdin", io.StringIO((run / "test.txt").read_text()))
+    assert evaluate.main([f"--run={run}", "--text=-"]) == 0
+    assert f"perplexity {of_split} per token, {of_split} per word" in capsys.readouterr().out
+
+
+def test_a_text_is_scored_word_by_word_by_what_stands_before(run, capsys):
+    assert evaluate.main([f"--run={run}", "--text=the quick\nbrown"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[1:5]]
+    assert [row[0] for row in rows] == ["the", "quick", "\\n", "brown"]
+    with world() as w, torch.no_grad():
+        trained = evaluate.restore(run, w)
+        vocab, net = trained.corpus.vocab, trained.net
+        ids = [vocab.start, *vocab.encode("the quick\nbrown")]
+        for i, (_, tokens, nats, perplexity) in enumerate(rows):
+            hidden, _ = net.hidden(torch.tensor([ids[:i + 1]]), None, Context(1, 0))
+            expected = -float(net.vocabulary.log_prob(hidden[:, -1])[0, ids[i + 1]])
+            assert (tokens, float(nats)) == ("1", pytest.approx(expected, abs=0.001))
+            assert float(perplexity) == pytest.approx(math.exp(expected), rel=0.01, abs=0.01)
+
+
+def test_what_cannot_be_scored_is_one_clear_line(run, capsys):
+    for text, words in (("the zebra", "'zebra'"), (" ", "There is no word in the text to score")):
+        assert evaluate.main([f"--run={run}", f"--text={text}"]) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert words in error
+
+
+def test_a_word_that_unk_stands_for_is_scored_and_named(run, tmp_path, capsys):
+    """<unk> in the place of the dog in every text: as many words, in another order of frequency."""
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    for split in ("train", "valid", "test"):
+        (copy / f"{split}.txt").write_text((copy / f"{split}.txt").read_text().replace("dog", "<unk>"))
+    recipe = replace(read_recipe(copy / "recipe.json"), data=Data("text", str(copy)))
+    corpus = load(recipe.data)
+    trained = evaluate.Trained(recipe, corpus, TransformerXL(recipe.model, corpus.n_token), SimpleNamespace(step=1))
+    with torch.no_grad():
+        said = evaluate.text_table(trained, "the zebra", Context(8, 8))
+    assert said.splitlines()[2].split()[0] == "zebra"
+    assert said.endswith("Not in the vocabulary and read as <unk>: zebra")
 
 
 def test_a_folder_without_a_run_is_one_clear_line(tmp_path, capsys):
