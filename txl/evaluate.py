@@ -171,7 +171,7 @@ def token_nats(net: TransformerXL, ids: list[int], start: int, context: Context)
     streams, nats = Streams(np.array(ids, np.int64), start, 1), list[float]()
     memory: Memory | None = None
     for k in range(streams.segments(context.tgt_len)):
-        segment = streams.segment(range(1), k, context, net.config.cutoffs).to(net.u.device)
+        segment = streams.segment(range(1), k, context, net.config.cutoffs).to(net.vocabulary.bias.device)
         nll_BT, memory = net(segment.tokens_BQ, segment.targets_BT, memory, context, segment.rows)
         nats += nll_BT[0].tolist()
     return nats
@@ -206,8 +206,10 @@ def _context(recipe: Recipe, flags: Flags, split: str) -> Context:
 
 
 def _exp(loss: float) -> str:
-    """Perplexity, of a size that need not be a float's."""
-    return f"{math.exp(loss):.2f}" if loss < 16 else f"1e{loss / math.log(10):.1f}"
+    """Perplexity; of a long word it may be too large for a float."""
+    if loss > 700:
+        return f"1e{loss / math.log(10):.0f}"
+    return f"{math.exp(loss):.2f}" if loss < math.log(1000) else f"{math.exp(loss):.3g}"
 
 
 def _cost(metrics: Path, score: Score) -> list[str]:
