@@ -5,4 +5,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source environment.sh
 ruff check .
 mypy
-exec python -m pytest -n auto --maxprocesses=4 --dist worksteal "$@"
+# More than cores: many tests wait for what they have started. Lots of tests by tests/conftest.py.
+exec python -m pytest -n 4 --dist loadscope --no-loadscope-reorder "$@"

@@ -1,8 +1,44 @@
 """What is the same for all tests, wherever they are started from."""
 import os
+import re
 import signal
+
+import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"               # tiny tensors gain nothing from more, and sums come out the same
 for ignored in (signal.SIGINT, signal.SIGHUP):    # by nohup, or a shell's &: all that a test starts would inherit that
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
+
+# What takes longest, longest first, as beginnings of what lot() says: begun last, it would be waited for alone.
+LONGEST = ("cluster/test_ray.py", "cluster/test_contract.py/ray", "cluster/test_gang_machines.py",
+           "cluster/test_ray_gang.py", "cluster/test_contract.py", "cluster/test_bucket.py", "cluster/test_slurm.py",
+           "engine/test_loop.py", "test_rehearse.py", "engine/test_nodes.py", "test_launch.py",
+           "cluster/test_smoke.py", "cluster/test_gang", "cluster/test_verbs.py", "cluster/test_ncluster.py",
+           "engine/test_checkpoint.py")
+ALONE = ("test_rehearse.py",)                     # whose tests share nothing
+
+
+def lot(nodeid: str) -> str:
+    """Of tests that one worker has, one after the other: a module's, which share what it sets up."""
+    module, _, test = nodeid.removeprefix("tests/").partition("::")
+    if module in ALONE:
+        return f"{module}/{test}"
+    if module == "cluster/test_contract.py" and (backend := re.search(r"\[([a-z]+)", test)):
+        return f"{module}/{backend[1]}"           # which has a world of its own
+    return module
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: next((i for i, long in enumerate(LONGEST) if lot(item.nodeid).startswith(long)),
+                                     len(LONGEST)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Lots(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return lot(nodeid)
+    return Lots(config, log) if config.getvalue("dist") == "loadscope" else None
