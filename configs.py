@@ -140,7 +140,6 @@ test_16_p4d = Config(test_16.recipe, Machines("p4d.24xlarge", count=16), THROUGH
 
 # --- NVIDIA: the best published training of these models ---------------------------------------------------------
 
-# Not here yet: its `roll`, a random shift of each stream every epoch.
 # `size` is over all GPUs and `micro_size` what NVIDIA let one GPU take at a time; its batch_chunk follows from the two
 # on any number of GPUs. base: 32 on A100, and on V100 16 GB in fp16, else 16. large: 16 on A100 in fp16, 8 in tf32;
 # 4 and 2 on V100 16 GB; 8 on V100 32 GB, in its multi-node runs in fp16 16.
@@ -150,6 +149,7 @@ NVIDIA_BASE = Recipe(
     context=Context(tgt_len=192, mem_len=192),
     eval_context=Context(tgt_len=192, mem_len=192),
     test_context=Context(tgt_len=64, mem_len=640, clamp_len=400, same_length=True),
+    roll=True,
     batch=Batch(size=256, micro_size=32),
     optim=LAMB,
     schedule=Schedule("cosine", warmup_steps=1000, eta_min=.001),
@@ -173,7 +173,7 @@ NVIDIA_LARGE_MULTINODE = replace(
     NVIDIA_LARGE, batch=Batch(size=512, micro_size=16), optim=replace(LAMB, lr=.02), stop=Stop(max_steps=25000),
     eval_streams=128, clock=Clock(log_interval=100, eval_interval=1000))
 
-NVIDIA = "NVIDIA's recipes on wikitext-103, but for its roll (a random shift of each stream every epoch)"
+NVIDIA = "NVIDIA's recipes on wikitext-103"
 nvidia_base = Config(
     NVIDIA_BASE, Machines("p4d.24xlarge"), NVIDIA,
     "23.24 test perplexity in 76 min on 8 A100 40GB with AMP (NVIDIA's README; 16 seeds: 23.24 +- .078), "

@@ -127,6 +127,8 @@ class Recipe(engine.Recipe):
     eval_context: Context                         # validation while training
     test_context: Context | None = None           # the test at the end; None: eval_context
     eval_streams: int = 16                        # parallel streams a split is cut into; part of the protocol
+    roll: bool = False                            # each epoch each stream begins at another place (NVIDIA's)
+    varlen: bool = False                          # training segments of random lengths around tgt_len (the original's)
 
     def context_of(self, split: str) -> Context:
         """What an evaluation of `split` sees."""

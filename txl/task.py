@@ -53,17 +53,20 @@ class TransformerXLTask:
 
     def steps(self, world: World, start: Position) -> Iterator[Step]:
         """Epoch after epoch of ordered segments; memory starts anew with each epoch, since the text does."""
-        context, cutoffs = self.recipe.context, self.recipe.model.cutoffs
-        streams = Streams(self.corpus.splits["train"], self.corpus.vocab.start, self.recipe.batch.total(world.size))
-        shares = self.recipe.batch.micro_batches(world.rank, world.size)
-        count = streams.segments(context.tgt_len)
-        epoch, first = start.epoch, start.index * count // start.steps
+        recipe, context, cutoffs = self.recipe, self.recipe.context, self.recipe.model.cutoffs
+        plain = Streams(self.corpus.splits["train"], self.corpus.vocab.start, recipe.batch.total(world.size))
+        shares = recipe.batch.micro_batches(world.rank, world.size)
+        epoch, share_done = start.epoch, (start.index, start.steps)
         while True:
+            streams = plain.of_epoch(recipe.seed, epoch, roll=recipe.roll,
+                                     varlen=context.tgt_len if recipe.varlen else None)
+            count = streams.segments(context.tgt_len)
+            first = share_done[0] * count // share_done[1]
             for k in range(first, count):
                 following = Position(epoch, k + 1, count) if k + 1 < count else Position(epoch + 1, 0, count)
                 segments = tuple(streams.segment(share, k, context, cutoffs).to(world.device) for share in shares)
                 yield Step(Position(epoch, k, count), following, segments, streams.targets(k, context.tgt_len), k == 0)
-            epoch, first = epoch + 1, 0
+            epoch, share_done = epoch + 1, (0, 1)
 
     def loss(self, model: nn.Module, segment: Segment, memory: Memory | None) -> tuple[Tensor, Memory]:
         nll_BT, memory = model(segment.tokens_BQ, segment.targets_BT, memory, self.recipe.context, segment.rows)

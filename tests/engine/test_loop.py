@@ -27,6 +27,7 @@ from txl.task import TransformerXLTask
 EXACT = {
     "fp32": RECIPE,
     "bf16": replace(RECIPE, precision="bf16"),
+    "shuffled": replace(RECIPE, roll=True, varlen=True),
     "accumulation": replace(RECIPE, batch=Batch(size=4, micro_size=1)),
     "uneven_accumulation": replace(RECIPE, batch=Batch(size=5, micro_size=2)),
     "adamw_plateau": replace(RECIPE, optim=Optim("adamw", lr=0.01), schedule=Schedule("plateau")),

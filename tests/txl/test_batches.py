@@ -38,6 +38,55 @@ def test_every_token_is_a_target_exactly_once(length, streams, ranks, tgt_len):
     assert sorted(seen) == text(length).tolist()
 
 
+@pytest.mark.parametrize("length", [1, 7, 24, 101, 400])
+@pytest.mark.parametrize("streams", [1, 3, 8])
+@pytest.mark.parametrize(("roll", "varlen"), [(True, None), (False, 10), (True, 10)])
+@pytest.mark.parametrize("ext_len", [0, 3])
+def test_in_an_epochs_own_order_too_every_token_is_a_target_once_after_the_one_before_it(
+        length, streams, roll, varlen, ext_len):
+    context = Context(10, mem_len=4, ext_len=ext_len)
+    whole = Streams(text(length), START, streams).of_epoch(1, 2, roll=roll, varlen=varlen)
+    seen = []
+    for k in range(whole.segments(10)):
+        segment = whole.segment(range(streams), k, context)
+        again = segment.tokens_BQ.size(1) - segment.targets_BT.size(1)
+        for tokens, targets in zip(segment.tokens_BQ[:, again:].tolist(), segment.targets_BT.tolist()):
+            here = [(token, target) for token, target in zip(tokens, targets) if target != IGNORE]
+            assert all(token == (START if target == 100 else target - 1) for token, target in here)
+            seen += [target for _, target in here]
+        assert len(seen) == sum(whole.targets(i, 10) for i in range(k + 1))
+    assert sorted(seen) == text(length).tolist()
+
+
+def test_a_rolled_stream_begins_anywhere_goes_on_at_its_beginning_and_is_another_in_each_epoch():
+    plain, context = Streams(text(1000), START, 4), Context(tgt_len=10, mem_len=4)
+
+    def stream(epoch: int, seed: int = 5) -> np.ndarray:
+        rolled = plain.of_epoch(seed, epoch, roll=True, varlen=None)
+        return np.concatenate([rolled.segment(range(4), k, context).targets_BT.numpy() for k in range(25)], axis=1)
+    for i, row in enumerate(stream(0)):
+        assert np.array_equal(row, np.roll(row.min() + np.arange(250), row.min() - row[0]))
+        assert row.min() == 100 + 250 * i
+    starts = {tuple(stream(epoch)[:, 0]) for epoch in range(20)}
+    assert len(starts) == 20
+    assert np.array_equal(stream(3), stream(3))
+    assert not np.array_equal(stream(3), stream(3, seed=6))
+
+
+def test_segments_of_random_lengths_are_those_of_the_original():
+    """Of 19 in 20 the mean is tgt_len, of the others half of it; deviation 5, at least 5, at most tgt_len + 15."""
+    context = Context(tgt_len=70, mem_len=4)
+    streams = Streams(text(60_000).astype(np.int64), START, 1).of_epoch(0, 0, roll=False, varlen=70)
+    widths = np.array([streams.segment(range(1), k, context).targets_BT.size(1) for k in range(streams.segments(70))])
+    assert widths.min() >= 5
+    assert widths.max() <= 85
+    short = widths[:-1] < 52
+    assert short.mean() == pytest.approx(.05, abs=.03)
+    assert widths[:-1][~short].mean() == pytest.approx(69.5, abs=1)
+    assert widths[:-1][~short].std() == pytest.approx(5, abs=.8)
+    assert widths[:-1][short].mean() == pytest.approx(34.5, abs=4)
+
+
 @pytest.mark.parametrize("ext_len", [0, 3])
 def test_inputs_are_the_text_before_the_targets(ext_len):
     context = Context(tgt_len=5, mem_len=4, ext_len=ext_len)
