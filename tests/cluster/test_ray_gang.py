@@ -29,7 +29,7 @@ from engine.values import BadValue, override, to_json
 from tests.cluster import ray_bench
 from tests.cluster.contract_cases import ssh
 from tests.cluster.sshd import LACKS
-from tests.cluster.test_contract import CHECKOUT, LAUNCH_S, OVERRIDES, by_hand, curve, make_text  # noqa: F401
+from tests.cluster.test_contract import CHECKOUT, LAUNCH_S, OVERRIDES, curve, make_text
 from tests.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(ray_bench.LACKS is not None, reason=str(ray_bench.LACKS))]
@@ -47,7 +47,7 @@ def processes(mark: bytes) -> dict[int, bytes]:
 
 @pytest.mark.skipif(LACKS is not None, reason=str(LACKS))
 def test_a_rank_that_dies_starts_again_ctrl_c_ends_ray_and_the_same_command_leaves_the_curve_as_it_is(
-        tmp_path, by_hand):  # noqa: F811
+        tmp_path, by_hand):
     here = tmp_path / "here"
     make_text(here / "data/little")
     (tmp_path / "world").mkdir()
