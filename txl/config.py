@@ -106,6 +106,7 @@ class Data:
     vocab: Literal["word", "byte", "bpe"] = "word"
     n_token: int | None = None                    # what the vocabulary must hold: checked; for bpe, made so large
     bpe_files: str | None = None                  # a folder with encoder.json and vocab.bpe (GPT-2's) instead
+    word_list: str | None = None                  # a file of the words in the order of their ids, rather than counted
     lower_case: bool = False
     min_freq: int = 0                             # words rarer than this become <unk>
     max_size: int | None = None                   # only the most frequent words; the rest become <unk>
@@ -156,9 +157,9 @@ class Recipe(engine.Recipe):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The text's folder with the tokens below it, GPT-2's byte pairs, the run that training starts from."""
-        bpe_files = self.data.bpe_files if self.data.vocab == "bpe" else None
-        return tuple(path for path in (self.data.dir, bpe_files, self.init_from) if path is not None)
+        """The text's folder with the tokens below it, the vocabulary's files, the run that training starts from."""
+        files = {"bpe": self.data.bpe_files, "word": self.data.word_list}.get(self.data.vocab)
+        return tuple(path for path in (self.data.dir, files, self.init_from) if path is not None)
 
     @property
     def prepare(self) -> tuple[str, ...] | None:

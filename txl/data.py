@@ -121,6 +121,7 @@ class Flags:
     vocab: Literal["word", "byte", "bpe"] | None = flag("rather than the usual one", default=None)
     n_token: int | None = flag("vocabulary size: made for bpe, 2048 unless given; else checked", default=None)
     bpe_files: str | None = flag("folder of GPT-2's byte pairs, to use them for bpe", default=None)
+    word_list: str | None = flag("a file of the words in the order of their ids, rather than counted", default=None)
     lower_case: bool = flag("the text in lower case", default=False)
     min_freq: int = flag("words rarer than this become <unk>", default=0)
     max_size: int | None = flag("only so many of the most frequent words; the rest become <unk>", default=None)
@@ -163,8 +164,8 @@ def _missing(data: Data) -> str:
 def _inputs(data: Data) -> dict[str, Path]:
     """Every file that the tokens depend on and that exists."""
     inputs = _texts(data)
-    closed = Path(data.dir) / "1b_word_vocab.txt"
-    if data.vocab == "word" and data.dataset == "lm1b" and closed.exists():
+    closed = Path(data.word_list or Path(data.dir) / "1b_word_vocab.txt")
+    if data.vocab == "word" and (data.word_list or (data.dataset == "lm1b" and closed.exists())):
         inputs["closed"] = closed
     if data.vocab == "bpe" and data.bpe_files is not None:
         inputs |= {name: Path(data.bpe_files) / name for name in ("encoder.json", "vocab.bpe")}
