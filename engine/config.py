@@ -158,7 +158,22 @@ class Recipe:
     seed: int = 1111
     divergence_nats: float = 3.0                  # stop when the loss is this far above the run's lowest
     init_from: str | None = None                  # a run or checkpoint whose weights training starts from
+    init_optim: bool = False                  # its optimizer's state too
+    init_partly: bool = False                     # of its weights those that are here, and begin the rest anew
+    freeze: tuple[str, ...] = ()                  # parameters that stay as they are: names, or patterns as layers.0.*
     clock: Clock = field(default_factory=Clock)
+
+    def __post_init__(self):
+        if self.init_from is None and (self.init_optim or self.init_partly):
+            raise ValueError("init_optim and init_partly are about what init_from names, which is none")
+        if self.init_optim and (self.init_partly or self.frozen):
+            raise ValueError("init_optim is for all parameters of init_from: not with init_partly, nor with frozen "
+                             "ones")
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Patterns of all parameters that are not trained."""
+        return self.freeze
 
     @property
     def tokens_per_sequence(self) -> int:

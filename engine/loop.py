@@ -1,10 +1,11 @@
 """The training loop, one for all models: steps, evaluation, checkpoints, metrics, until the recipe says it ends."""
 from __future__ import annotations
 
+import fnmatch
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -21,7 +22,7 @@ from engine.precision import precision_for
 from engine.run import Run
 from engine.schedule import lr_at
 from engine.task import Position, Score, Step, Task
-from engine.values import to_json
+from engine.values import BadValue, to_json
 from engine.world import World
 
 
@@ -77,7 +78,8 @@ class _Training:
 
         torch.manual_seed(recipe.seed)             # the same initial weights on every rank
         self.model = task.build().to(world.device)
-        self.names, self.parameters = zip(*self.model.named_parameters())
+        freeze(self.model, recipe.frozen)
+        self.names, self.parameters = zip(*((name, p) for name, p in self.model.named_parameters() if p.requires_grad))
         self.optimizer = optim.build(self.model.named_parameters(), recipe.optim, self.peak_lr)
         self.scaler = self.precision.scaler()
         torch.manual_seed(recipe.seed + 1 + world.rank)         # another dropout on each
@@ -260,7 +262,9 @@ class _Training:
         if not found:
             if self.recipe.init_from:
                 source = Path(self.recipe.init_from)
-                self._take_weights(lambda: checkpoint.find(source))
+                self._take_weights(lambda: checkpoint.find(source), partly=self.recipe.init_partly)
+                if self.recipe.init_optim:
+                    self._take_optimizer(source)
             return
         newest = found[-1]
         newest.check_vocabulary(self.task.vocabulary)
@@ -286,15 +290,32 @@ class _Training:
             torch.cuda.set_rng_state(own["cuda_rng"])
         self.window = _Window.of(own["window"], world.device)
 
-    def _take_weights(self, find: Callable[[], checkpoint.Checkpoint]) -> checkpoint.Checkpoint:
+    def _take_weights(self, find: Callable[[], checkpoint.Checkpoint], *, partly: bool = False
+                      ) -> checkpoint.Checkpoint:
         """The weights, on every rank, of what the leading rank finds on its disk."""
         def load() -> checkpoint.Checkpoint:
             found = find()
-            load_weights(self.model, found, self.task.vocabulary)
+            new = load_weights(self.model, found, self.task.vocabulary, partly=partly)
+            if new:
+                self.run.log.info(f"{found.path} lacks {len(new)} tensors, which begin anew: {_span(new)}")
             return found
         found = checkpoint.from_leader(self.world, load)
         self.model.load_state_dict(self.world.broadcast(self.model.state_dict()))
         return found
+
+    def _take_optimizer(self, source: Path) -> None:
+        """The optimizer's state of what the leading rank finds on its disk; its settings are the recipe's."""
+        ours, = self.optimizer.state_dict()["param_groups"]
+
+        def load() -> dict[str, Any]:
+            found = checkpoint.find(source)
+            state = found.shared(self.world.device)["optimizer"]
+            theirs, = state["param_groups"]
+            if theirs.keys() != ours.keys() or theirs["param_names"] != ours["param_names"]:
+                raise checkpoint.CheckpointError(f"The optimizer of {found.path} is another one, or of other "
+                                                 f"parameters. init_optim=false takes the weights alone")
+            return state | {"param_groups": [ours]}
+        self.optimizer.load_state_dict(checkpoint.from_leader(self.world, load))
 
     def _stopped(self) -> Outcome:
         progress = self.progress
@@ -317,12 +338,14 @@ class _Training:
         return Outcome(True, progress.step, progress.tokens, score)
 
     def _introduce(self) -> None:
-        params = sum(p.numel() for p in self.parameters)
+        params = sum(p.numel() for p in self.model.parameters())
         self.run.describe_machine()
         self.metrics.text("args", f"```\n{json.dumps(to_json(self.recipe), indent=1)}\n```")
         self.metrics.tags(self.progress.tokens, sizes__params=params, sizes__batch_size=self.batch_size,
                           **{f"sizes__{key}": x for key, x in self.task.sizes.items()})
-        self.run.log.info(f"{params:,} parameters | {self.world.size} rank(s) on {self.world.device.type}, "
+        frozen = params - sum(p.numel() for p in self.parameters)
+        of_them = f", {frozen:,} of them frozen" if frozen else ""
+        self.run.log.info(f"{params:,} parameters{of_them} | {self.world.size} rank(s) on {self.world.device.type}, "
                           f"{self.precision.name} | {self.batch_size} sequences a step | peak lr {self.peak_lr:.4g}")
 
     def _remaining(self, tokens_per_step: float) -> tuple[float, int]:
@@ -417,19 +440,43 @@ class Guard:
                        f"--checkpoint=RUN takes the weights of this one along.")
 
 
-def load_weights(model: nn.Module, source: checkpoint.Checkpoint, vocabulary: str) -> None:
-    """The model's weights from a checkpoint. Raises CheckpointError, naming the tensors, where they do not fit, and
-    where they are of another vocabulary."""
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Parameters by name, or pattern of names, that are not trained. Raises BadValue of a pattern without any, and
+    where nothing is left to train."""
+    for pattern in patterns:
+        found = [p for name, p in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
+        if not found:
+            raise BadValue(f"No parameter is called {pattern}, which is to be frozen. There are: "
+                           f"{_span([name for name, _ in model.named_parameters()])}")
+        for p in found:
+            p.requires_grad_(False)
+    if not any(p.requires_grad for p in model.parameters()):
+        raise BadValue("All parameters are frozen: nothing would be trained")
+
+
+def load_weights(model: nn.Module, source: checkpoint.Checkpoint, vocabulary: str, *, partly: bool = False
+                 ) -> list[str]:
+    """The model's weights from a checkpoint. With `partly`, of a smaller model: returns the names that it has not.
+
+    Raises CheckpointError, naming the tensors, where they do not fit, and where they are of another vocabulary.
+    """
     source.check_vocabulary(vocabulary)
     weights, own = source.shared("cpu")["model"], model.state_dict()
-    shapes = [{name: tuple(x.shape) for name, x in state.items()} for state in (weights, own)]
+    new = [name for name in own if name not in weights] if partly else []
+    shapes = [{name: tuple(x.shape) for name, x in state.items()}
+              for state in (weights, {name: x for name, x in own.items() if name not in new})]
     wrong = [f"{name} is {shapes[0].get(name, 'absent')} there and {shapes[1].get(name, 'absent')} here"
              for name in dict(shapes[0] | shapes[1]) if shapes[0].get(name) != shapes[1].get(name)]
     if wrong:
         more = f", and {len(wrong) - 3} more tensors" if len(wrong) > 3 else ""
         raise checkpoint.CheckpointError(f"The weights of {source.path} do not fit this model: "
                                          f"{'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(weights)
+    model.load_state_dict(weights, strict=not partly)
+    return new
+
+
+def _span(names: Sequence[str]) -> str:
+    return ", ".join(names) if len(names) < 6 else f"{', '.join(names[:3])} … {names[-1]}"
 
 
 def _to(value: Any, device: torch.device) -> Any:

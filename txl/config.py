@@ -131,11 +131,20 @@ class Recipe(engine.Recipe):
     roll: bool = False                            # each epoch each stream begins at another place (NVIDIA's)
     varlen: bool = False                          # training segments of random lengths around tgt_len (the original's)
 
+    freeze_below: int = 0                         # layers, from the input on, that stay as they are
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        return *self.freeze, *(f"layers.{i}.*" for i in range(self.freeze_below))
+
     def context_of(self, split: str) -> Context:
         """What an evaluation of `split` sees."""
         return self.test_context if split == "test" and self.test_context is not None else self.eval_context
 
     def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.freeze_below <= self.model.n_layer:
+            raise ValueError(f"freeze_below is {self.freeze_below}, and there are {self.model.n_layer} layers")
         if self.eval_streams < 1:
             raise ValueError("eval_streams must be at least 1")
         if self.data.n_token is not None and self.model.cutoffs and self.model.cutoffs[-1] >= self.data.n_token:

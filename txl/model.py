@@ -123,7 +123,11 @@ class Attention(nn.Module):
         self.n_head, self.d_head, self.dropatt = model.n_head, model.d_head, model.dropatt
         width = model.n_head * model.d_head
         self.qkv = nn.Linear(model.d_model, 3 * width, bias=False)
+        self.of_positions(model)                  # here: an optimizer's state in a checkpoint goes by the order
         self.out = nn.Linear(width, model.d_model, bias=False)
+
+    def of_positions(self, model: Model) -> None:
+        """Makes the parameters that are about positions."""
 
     def forward(self, queries_BQD: Tensor, keys_BKD: Tensor, where_P: Tensor, u_NH: Tensor | None,
                 v_NH: Tensor | None, visible_QK: Tensor) -> Tensor:
@@ -148,8 +152,7 @@ class Attention(nn.Module):
 class RelativeAttention(Attention):
     """score_ij = ((q_i + u).k_j + (q_i + v).r_{i-j}) / sqrt(H), r from sinusoids of the distances, `where_P` [P, D]."""
 
-    def __init__(self, model: Model):
-        super().__init__(model)
+    def of_positions(self, model: Model) -> None:
         self.r = nn.Linear(model.d_model, model.n_head * model.d_head, bias=False)
 
     def mask(self, q_BNQH: Tensor, where_P: Tensor, v_NH: Tensor | None, visible_QK: Tensor) -> Tensor:
@@ -163,8 +166,7 @@ class RelativeAttention(Attention):
 class ShawAttention(Attention):
     """score_ij = ((q_i + u).k_j + q_i.r_{i-j} + b_{i-j}) / sqrt(H), r and b from tables by distance, `where_P` [P]."""
 
-    def __init__(self, model: Model):
-        super().__init__(model)
+    def of_positions(self, model: Model) -> None:
         self.r = nn.Parameter(torch.empty(model.positions or 0, model.n_head, model.d_head))
         self.r_bias = nn.Parameter(torch.empty(model.positions or 0, model.n_head))
 

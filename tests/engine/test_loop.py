@@ -18,6 +18,7 @@ from engine import checkpoint
 from engine.config import Batch, Clock, Optim, Schedule, Stop
 from engine.loop import Diverged, train
 from engine.run import Run
+from engine.values import BadValue
 from engine.world import world
 from tests.ranks import run_ranks
 from tests.txl.small import RECIPE, corpus, train_here
@@ -350,6 +351,70 @@ def test_warm_start_takes_the_weights_of_another_run_and_nothing_else(tmp_path):
     train_here(tmp_path / "second", recipe, stop_after=2)
     same(final_weights(tmp_path / "second"), best.shared()["model"])
     assert checkpoint.complete(tmp_path / "second" / "checkpoints")[-1].step == 2
+
+
+def test_a_warm_start_with_the_optimizer_goes_on_as_the_first_run_would_have(tmp_path):
+    """What a step of SGD owes to the momentum of the first run, by hand."""
+    sgd = replace(PLAIN, optim=Optim("sgd", lr=0.1, momentum=0.9, clip=None), schedule=Schedule("constant"))
+    train_here(tmp_path / "first", sgd, stop_after=3)
+    before = checkpoint.complete(tmp_path / "first" / "checkpoints")[-1].shared()
+    started = {}
+    for name, optimizer in (("with", True), ("without", False)):
+        recipe = replace(sgd, init_from=str(tmp_path / "first"), init_optim=optimizer,
+                         optim=replace(sgd.optim, momentum=0.5))         # the recipe's, not the first run's
+        train_here(tmp_path / name, recipe, stop_after=1)
+        started[name] = checkpoint.complete(tmp_path / name / "checkpoints")[-1].shared()
+    names = before["optimizer"]["param_groups"][0]["param_names"]
+    for i, name in enumerate(names):
+        momentum = before["optimizer"]["state"][i]["momentum_buffer"]
+        with_, without = (started[x]["model"][name] for x in ("with", "without"))
+        torch.testing.assert_close(with_, without - 0.1 * 0.5 * momentum)
+
+
+def test_an_optimizer_of_another_kind_is_not_taken(tmp_path):
+    train_here(tmp_path / "first", stop_after=2)
+    recipe = replace(RECIPE, init_from=str(tmp_path / "first"), init_optim=True, optim=Optim("adamw", lr=0.01))
+    with pytest.raises(checkpoint.CheckpointError, match="is another one, or of other parameters"):
+        train_here(tmp_path / "second", recipe)
+
+
+def test_a_deeper_model_takes_the_layers_there_are_and_trains_only_those_that_are_new(tmp_path):
+    train_here(tmp_path / "first", stop_after=3)
+    source = checkpoint.find(tmp_path / "first").shared()["model"]
+    deeper = replace(RECIPE, init_from=str(tmp_path / "first"), init_partly=True, freeze_below=2,
+                     freeze=("vocabulary.*",), model=replace(RECIPE.model, n_layer=3))
+    run_ranks(2, train_here, tmp_path / "second", deeper, None, 1)
+    train_here(tmp_path / "second", deeper, stop_after=2)
+    at = [found.shared()["model"] for found in checkpoint.complete(tmp_path / "second" / "checkpoints")]
+    for name, x in at[-1].items():
+        if name.startswith(("vocabulary.", "layers.0.", "layers.1.")):
+            assert torch.equal(x, source[name]), name
+        elif name.startswith("layers.2."):
+            assert not torch.equal(x, at[0][name]), name
+    assert train_here(tmp_path / "second", deeper).finished
+    log = (tmp_path / "second/logs/rank-0.log").read_text()
+    assert "lacks 11 tensors, which begin anew: layers.2" in log
+    # the first model's 4,880, but for u and v, of two heads of 8 each
+    assert "7,032 parameters, 4,848 of them frozen |" in log
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"freeze": ("layer.0.*",)}, r"No parameter is called layer.0.\*, which is to be frozen. There are: u, v, "),
+    ({"freeze": ("*",)}, "nothing would be trained"),
+])
+def test_what_cannot_be_frozen_is_named(tmp_path, changed, said):
+    with pytest.raises(BadValue, match=said):
+        train_here(tmp_path, replace(RECIPE, **changed))
+
+
+@pytest.mark.parametrize(("changed", "said"), [
+    ({"init_partly": True}, "about what init_from names, which is none"),
+    ({"init_optim": True, "init_from": "x", "freeze": ("u",)}, "not with init_partly, nor with frozen"),
+    ({"freeze_below": 3}, "freeze_below is 3, and there are 2 layers"),
+])
+def test_a_warm_start_that_makes_no_sense_is_refused(changed, said):
+    with pytest.raises(ValueError, match=said):
+        replace(RECIPE, **changed)
 
 
 def test_a_run_goes_on_without_the_run_it_was_warmly_started_from(tmp_path):
