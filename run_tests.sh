@@ -5,5 +5,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 source environment.sh
 ruff check .
 mypy
-# More than cores: many tests wait for what they have started. Lots of tests by tests/conftest.py.
-exec python -m pytest -n 4 --dist loadscope --no-loadscope-reorder "$@"
+# More than two cores have work for: many tests wait for what they have started. Lots of tests by tests/conftest.py.
+exec python -m pytest -n 3 --dist loadscope --no-loadscope-reorder "$@"
