@@ -16,8 +16,8 @@ from txl.config import Context, Model
 
 # What a stream remembers: hidden_LBMD, the input of each layer at the M positions before the segment, and how many of
 # them (the last ones) are real. M never changes, so a run has one shape from its first step on; a fresh memory has 0.
-# A plain tuple, so that a checkpoint of it loads without trusting a class.
-Memory = tuple[Tensor, int]
+# A plain tuple, so that a checkpoint of it loads without trusting a class. Where rows differ in how many, [B, 1, 1, 1].
+Memory = tuple[Tensor, int | Tensor]
 
 
 class TransformerXL(nn.Module):
@@ -73,13 +73,14 @@ class TransformerXL(nn.Module):
         return like.new_zeros(self.config.n_layer, B, context.mem_len, self.config.d_model), 0
 
     @torch.no_grad()
-    def _remember(self, inputs: list[Tensor], past_LBMD: Tensor, length: int, context: Context) -> Memory:
+    def _remember(self, inputs: list[Tensor], past_LBMD: Tensor, length: int | Tensor, context: Context) -> Memory:
         """The last M of memory and segment; of the segment the ext_len last tokens are left out, for the next segment
         reads them again."""
         M, Q = past_LBMD.size(2), inputs[0].size(1)
         new = max(0, Q - context.ext_len)
         segments = torch.stack([h_BQD[:, :new] for h_BQD in inputs]).to(past_LBMD.dtype)
-        return torch.cat([past_LBMD, segments], dim=2)[:, :, new:].detach(), min(M, length + new)
+        length = (length + new).clamp(max=M) if isinstance(length, Tensor) else min(M, length + new)
+        return torch.cat([past_LBMD, segments], dim=2)[:, :, new:].detach(), length
 
 
 class Layer(nn.Module):
@@ -213,8 +214,9 @@ def _rows(distance_P: Tensor, table: Tensor) -> Tensor:
     return distance_P.clamp(max=table.size(0) - 1)
 
 
-def visible(Q: int, M: int, length: int, reach: int | None, device: torch.device) -> Tensor:
-    """Which keys a query sees, [Q, K]: not the future, not memory that is not real, nothing further than `reach`."""
+def visible(Q: int, M: int, length: int | Tensor, reach: int | None, device: torch.device) -> Tensor:
+    """Which keys a query sees, [Q, K]: not the future, not memory that is not real, nothing further than `reach`.
+    [B, 1, Q, K] where the rows differ in how much of it is real."""
     query_Q1 = torch.arange(M, M + Q, device=device).unsqueeze(1)
     key_K = torch.arange(M + Q, device=device)
     seen_QK = (key_K <= query_Q1) & (key_K >= M - length)

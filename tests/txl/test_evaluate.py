@@ -5,7 +5,6 @@ import contextlib
 import io
 import json
 import math
-import random
 import re
 import shutil
 from dataclasses import replace
@@ -15,35 +14,14 @@ import numpy as np
 import pytest
 import torch
 
-from engine.loop import train
-from engine.run import Run
-from engine.values import to_json
 from engine.world import world
 from tests.ranks import run_ranks
-from tests.txl.small import RECIPE
-from txl import evaluate, generate
+from txl import evaluate
 from txl.config import Context, Data
 from txl.data import load
 from txl.model import TransformerXL
-from txl.task import TransformerXLTask, read_recipe
+from txl.task import read_recipe
 from txl.train import main as train_main
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A run on a small text of words, trained far enough to beat a unigram model."""
-    folder = tmp_path_factory.mktemp("run")
-    words = random.Random(1)
-    sentence = ["the", "quick", "brown", "fox", "jumps", "over", "the", "lazy", "dog"]
-    for split, lines in (("train", 300), ("valid", 30), ("test", 30)):
-        text = "".join(" ".join(sentence[:words.randint(3, 9)]) + "\n" for _ in range(lines))
-        (folder / f"{split}.txt").write_text(text)
-    recipe = replace(RECIPE, data=Data("text", str(folder)), model=replace(RECIPE.model, cutoffs=(3, 5), dropout=0.0),
-                     optim=replace(RECIPE.optim, name="adam"), stop=replace(RECIPE.stop, max_steps=60))
-    (folder / "recipe.json").write_text(json.dumps(to_json(recipe)))
-    with world() as w:
-        train(w, TransformerXLTask(recipe, load(recipe.data)), recipe, Run(folder, w))
-    return folder
 
 
 def test_the_table_compares_unigram_no_memory_and_memory(run, capsys):
@@ -242,36 +220,7 @@ def test_a_run_stopped_before_its_first_log_line_has_a_table(run, tmp_path, caps
     assert "evaluated at" in capsys.readouterr().out
 
 
-def test_an_unknown_word_in_a_prompt_is_one_clear_line(run, capsys):
-    assert generate.main([f"--run={run}", "--prompt=the zebra"]) == 1
-    error = capsys.readouterr().err
-    assert "'zebra'" in error
-    assert "Use words of the text" in error
-    assert "min_freq" not in error
-
-
-def test_impossible_temperatures_and_lengths_are_misuse(run, capsys):
-    for flags in (["--temperature=-1"], ["--length=0"]):
-        with pytest.raises(SystemExit) as ended:
-            generate.main([f"--run={run}", *flags])
-        assert ended.value.code == 2
-
-
 def test_a_recipe_that_is_not_there_starts_nothing(tmp_path, capsys):
     assert train_main([str(tmp_path / "typo" / "recipe.json")]) == 1
     assert "is not a recipe that can be read" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
-
-
-def test_samples_repeat_with_their_seed_and_begin_with_the_prompt(run, capsys):
-    def sampled(*flags):
-        assert generate.main([f"--run={run}", "--length=40", *flags]) == 0
-        return capsys.readouterr().out
-    assert sampled("--seed=1") == sampled("--seed=1") != sampled("--seed=2")
-    assert sampled("--prompt=the quick brown").startswith("the quick brown")
-    assert sampled("--temperature=0", "--seed=1") == sampled("--temperature=0", "--seed=2")
-
-
-def test_the_likeliest_continuation_is_what_the_text_always_says(run, capsys):
-    generate.main([f"--run={run}", "--prompt=the quick", "--length=4", "--temperature=0"])
-    assert capsys.readouterr().out.split() == ["the", "quick", "brown", "fox", "jumps", "over"]
