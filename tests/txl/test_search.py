@@ -135,7 +135,7 @@ def test_groups_avoid_what_the_groups_before_chose_as_in_a_table_by_hand():
 
 
 def test_a_beam_that_has_ended_chooses_nothing_that_other_groups_would_have_to_avoid():
-    """At .5, .3, .2 and a factor of 2: a, and b beside it. Then a is .15 and b .09, unless the first a still counted."""
+    """At .5, .3, .2 and a factor of 2: a, and b beside it. Then a is .15 and b .09, unless group 1 still counted."""
     p = torch.tensor([[0.5, 0.3, 0.2]], dtype=torch.float64)
     found = beam_search(p.log(), lambda rows, tokens: p.log().expand(len(rows), 3), 2, 2, groups=2,
                         diversity=math.log(2), ended=lambda tokens: tuple(tokens) == (0,))
