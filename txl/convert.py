@@ -64,7 +64,8 @@ class Foreign:
 def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, prog="-m txl.convert", about=__doc__)
     inwards = flags.weights is not None and flags.config is not None and flags.to is None and flags.format is None
-    outwards = flags.to is not None and flags.format is not None and flags.weights is None and flags.config is None
+    outwards = (flags.to is not None and flags.format is not None and flags.weights is None and flags.config is None
+                and not flags.set)
     if not inwards and not outwards:
         misuse("Give --weights and --config to bring weights in, or --to and --format to take them out")
     try:
@@ -110,9 +111,10 @@ def bring_in(source: Path, run: Path, recipe: Recipe) -> str:
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     count = sum(x.numel() for x in weights.values())
+    same_words = f" --set=recipe.data.word_list={data.word_list}" if foreign.vocab is not None else ""
     return (f"{run} has the {count:,} parameters of {source} ({dialect}) with {has}, {n_token:,} tokens.\n"
             f"Next:  python -m txl.evaluate --run={run}\n"
-            f"       python launch.py --config=NAME --set=recipe.init_from={run}")
+            f"       python launch.py --config=NAME --set=recipe.init_from={run}{same_words}")
 
 
 def take_out(run: Path, target: Path, dialect: Dialect) -> str:
@@ -172,6 +174,10 @@ class Inert:
     def __init__(self, *args: Any, **kwargs: Any):
         pass
 
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):                # numpy's are tuples
+            self.__dict__.update(state)
+
 
 def read_torch(path: Path) -> Any:
     """What torch.save wrote, by torch's weights_only, with an Inert for each class that it would refuse."""
@@ -229,12 +235,12 @@ class _Unpickler(pickle.Unpickler):
 
 def _given(vocab: dict[str, Any], path: Path, n_token: int, recipe: Recipe) -> str:
     """Writes the words, one a line; the hash of what that means here."""
-    words = [str(word) for word in vocab["idx2sym"]]
+    words = [str(word) for word in vocab["idx2sym"]] if isinstance(vocab["idx2sym"], list) else []
     path.write_text("\n".join(words) + "\n", encoding="utf-8", newline="\n")
     closed = WordVocab.closed(path, double=recipe.data.dataset == "lm1b")
     if closed.size != n_token or closed.content().split("\n") != words:
-        raise Unconvertible(f"The vocabulary has {len(words):,} words ({closed.size:,} different ones without spaces "
-                            f"in them) and the weights are for {n_token:,}")
+        raise Unconvertible(f"The vocabulary of {len(words):,} words is not one of {n_token:,} different words without "
+                            f"spaces, for which the weights are")
     return closed.hash
 
 

@@ -10,6 +10,7 @@ import shutil
 from collections import Counter, OrderedDict
 from contextlib import suppress
 
+import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
@@ -185,7 +186,7 @@ def nvidia_file(path, model, **more):
              "tie_projs": [False] + [True] * len(model.cutoffs), "tgt_len": 3, "sample_softmax": -1, "dtype": None}
     torch.save({"args": argparse.Namespace(vocab="word", lr=.01), "model_config": told,
                 "model_state": rivals.state_dict(model, V, "nvidia", dtype=torch.float32), "vocab": Vocab(),
-                "epoch": 3, "train_step": 40000, "best_val_loss": 3.14} | more, path)
+                "epoch": 3, "train_step": 40000, "best_val_loss": np.float64(3.14)} | more, path)
 
 
 def hf_folder(folder, model, vocab="vocab.pkl"):
@@ -373,7 +374,7 @@ def test_what_cannot_be_brought_in_is_one_clear_line_and_leaves_nothing(text, tm
     vocab = Vocab()
     vocab.idx2sym = [*WORDS[:-1], "two words"]
     nvidia_file(tmp_path / "words.pt", MODELS["div"], vocab=vocab)
-    assert "The vocabulary has 13 words" in said("words.pt")
+    assert "vocabulary of 13 words is not one of 13 different words without spaces" in said("words.pt")
     nvidia_file(tmp_path / "bpe.pt", MODELS["div"], vocab=None)
     (tmp_path / "short").mkdir()
     for split in ("train", "valid", "test"):
@@ -395,7 +396,8 @@ def test_what_cannot_be_brought_in_is_one_clear_line_and_leaves_nothing(text, tm
 
 def test_flags_that_do_not_go_together_are_misuse(capsys):
     for flags in (["--run=r"], ["--run=r", "--weights=w"], ["--run=r", "--to=t"],
-                  ["--run=r", "--weights=w", "--config=c", "--to=t", "--format=hf"]):
+                  ["--run=r", "--weights=w", "--config=c", "--to=t", "--format=hf"],
+                  ["--run=r", "--to=t", "--format=hf", "--set=recipe.seed=3"]):
         with pytest.raises(SystemExit) as ended:
             convert.main(flags)
         assert ended.value.code == 2
