@@ -126,7 +126,7 @@ def files(folder: Path, *without: str) -> dict[str, bytes]:
             and (name := path.relative_to(folder).as_posix()) not in without and not name.startswith("nodes/")}
 
 
-def followed(job: Job, seconds: float = 120) -> tuple[int, ...]:
+def followed(job: Job, seconds: float = 300) -> tuple[int, ...]:
     assert until(lambda: job.poll() is not None, seconds)
     statuses = job.poll()
     job.close()

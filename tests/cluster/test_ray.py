@@ -248,7 +248,7 @@ def test_the_ranks_are_the_configs_gpus_and_a_fixed_batch_may_be_elastic():
 @pytest.mark.parametrize(("storage", "root", "uri"), [
     (None, "~/txl", None), ("/shared", "/shared", None), ("s3://bucket/prefix", "~/txl", "s3://bucket/prefix")])
 def test_a_folder_is_where_the_run_is_and_a_uri_is_where_its_checkpoints_are_copied(storage, root, uri):
-    job = ray.job_of(Wish("x", tiny, NEW, Terms(storage_path=storage)), GPUS, 1, True)
+    job = ray.lay_out(Wish("x", tiny, NEW, Terms(storage_path=storage)), GPUS).facts[1]
     assert (job["root"], job["storage"]) == (root, uri)
 
 

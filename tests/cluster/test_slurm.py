@@ -203,8 +203,8 @@ def test_a_short_time_limit_leaves_most_of_it_to_the_training():
     (["--sbatch=--qos=x\nreboot"], "--sbatch has more than one line"),
     (["--partition=a\nb"], "--partition has more than one line"),
     (["--instance_type=dgx2"], "dgx2 is not in the table of cluster/spec.py. How many GPUs has a node?"),
-    (["--backend=local", "--partition=gpu"], "--partition: only --backend=slurm has a use for that"),
-    (["--backend=aws", "--sbatch=--qos=x"], "--sbatch: only --backend=slurm has a use for that"),
+    (["--backend=local", "--partition=gpu"], "--partition: not for --backend=local, only for --backend=slurm"),
+    (["--backend=aws", "--sbatch=--qos=x"], "--sbatch: not for --backend=aws, only for --backend=slurm"),
 ])
 def test_flags_that_cannot_be_are_refused(flags, message, elsewhere, capsys):
     backend = [] if any("--backend" in flag for flag in flags) else ["--backend=slurm"]
