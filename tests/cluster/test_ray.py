@@ -29,6 +29,7 @@ from cluster.local import Here
 from cluster.ray import Facts
 from cluster.ray_api import RayNode
 from cluster.ray_job import Feed
+from cluster.rehearsal import keeper
 from cluster.run import NEW, Refused, read_status
 from cluster.spec import Terms
 from configs import test_2 as two_p3dn
@@ -150,7 +151,7 @@ def test_an_elastic_run_goes_on_with_the_machines_that_are_left_and_a_second_ctr
     training.until("^step ", LAUNCH_S)
     for pid in ray_keeper.descendants(cluster.nodes[0].pid):
         with contextlib.suppress(OSError):        # it has ended meanwhile
-            if b"RayTrainWorker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            if b"RayTrainWorker" in keeper.command(pid):
                 os.kill(pid, signal.SIGSTOP)      # the ranks hear nothing
     training.ctrl_c()
     training.until("Ctrl-C again kills", LAUNCH_S)
