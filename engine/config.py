@@ -158,7 +158,7 @@ class Recipe:
     seed: int = 1111
     divergence_nats: float = 3.0                  # stop when the loss is this far above the run's lowest
     init_from: str | None = None                  # a run or checkpoint whose weights training starts from
-    init_optim: bool = False                  # its optimizer's state too
+    init_optim: bool = False                      # its optimizer's state too
     init_partly: bool = False                     # of its weights those that are here, and begin the rest anew
     freeze: tuple[str, ...] = ()                  # parameters that stay as they are: names, or patterns as layers.0.*
     clock: Clock = field(default_factory=Clock)
