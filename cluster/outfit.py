@@ -7,7 +7,6 @@ from __future__ import annotations
 import os
 import shlex
 import uuid
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,6 @@ from cluster.backends import Watch, Wish
 from cluster.deliver import Copy
 from cluster.local import CHECKOUT
 from cluster.plan import Node, Plan, torchrun
-from cluster.remote import board_port, parsed
 from cluster.run import Broken
 from cluster.ssh import NAME, Shell
 
@@ -36,7 +34,7 @@ class Ground:
 
 def node_command(wish: Wish | Plan, node: int, ranks: int, python: str, address: str, master: str) -> tuple[str, ...]:
     """What the supervisor of a node starts, in ~/txl. `address`: its own among the machines, `master`: node 0's."""
-    port = 20000 + zlib.crc32(wish.name.encode()) % 10000         # of this run, so that two may share a machine
+    port = run.port_of(wish.name, run.MASTER)
     if wish.terms.ray:
         return ray_gang.command(python, wish.name, node, address, master, port)
     return torchrun(python, wish.config.recipe.entry, Path("runs", wish.name, "recipe.json"), ranks=ranks,
@@ -50,8 +48,8 @@ def place_of(plan: Plan) -> bucket.Place | None:
 
 def pages(plan: Plan) -> dict[str, int]:
     """What there is to see on node 0's loopback, and at which port."""
-    return ({"TensorBoard": board_port(plan.name)} if plan.tensorboard else {}) | (
-        {"Ray's dashboard": ray_gang.dashboard_port(plan.name)} if plan.terms.ray else {})
+    return ({"TensorBoard": run.port_of(plan.name, run.TENSORBOARD)} if plan.tensorboard else {}) | (
+        {"Ray's dashboard": run.port_of(plan.name, run.RAY_DASHBOARD)} if plan.terms.ray else {})
 
 
 class Outfit:
@@ -70,10 +68,10 @@ class Outfit:
         script = (f"cd {run_dir} 2>/dev/null || exit 0; cat nodes/$node.json; echo; "
                   f"flock -n nodes/$node.lock true && echo idle || echo busy; cat status.json 2>/dev/null; echo")
         said = [answer.out.splitlines() for answer in among.run(self.shells, script)]
-        nodes = [parsed(lines[0]) if lines else {} for lines in said]
+        nodes = [run.parse_json(lines[0]) if lines else {} for lines in said]
         launches = {node.get("launch", "") for node in nodes}
         busy = [len(lines) > 1 and lines[1] == "busy" for lines in said]
-        finished = len(said[0]) > 2 and parsed(said[0][2]).get("state") == "finished"
+        finished = len(said[0]) > 2 and run.parse_json(said[0][2]).get("state") == "finished"
         if len(launches) == 1 and "" not in launches and (all(busy) or (finished and not any(busy))):
             self.say("It is training there already: following it." if all(busy) else "It has finished there.")
             return launches.pop()
@@ -195,7 +193,7 @@ class Outfit:
         """What a supervisor is told (docs/aws.md)."""
         private = [shell.host.private if shell.host else shell.name for shell in self.shells]
         board = [python, "-m", "tensorboard.main", f"--logdir={self.plan.run_dir}", "--host=127.0.0.1",
-                 f"--port={board_port(self.plan.name)}"]
+                 f"--port={run.port_of(self.plan.name, run.TENSORBOARD)}"]
         command = node_command(self.plan, node.rank, node.ranks, python, private[node.rank], private[0])
         return {"launch": launch, "command": list(command), "env": node.env | self._s3_env(),
                 "private": private[node.rank],

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import json
 import secrets
-import zlib
 from collections.abc import Iterator
 
 from cluster.backends import Wish
 from cluster.host.ray_node import JOB, TOKEN
 from cluster.plan import Plan
 from cluster.ray import job_of
+from cluster.run import RAY_DASHBOARD, port_of
 
 PACKAGES = ("ray", "pyarrow")                     # that a machine's Python must have beside the training's own
 
@@ -26,7 +26,7 @@ def command(python: str, run: str, node: int, address: str, head: str, port: int
 def told(plan: Plan | Wish, ranks: int, launch: str) -> dict[str, str]:
     """Files of every machine, by their path below ~/txl. The token is a new one for each launch."""
     job = job_of(plan, ranks, on_gpus=False) | {       # node 0 sees whether there are GPUs
-        "id": f"{plan.name}-{launch}", "pinned": True, "dashboard_port": dashboard_port(plan.name)}
+        "id": f"{plan.name}-{launch}", "pinned": True, "dashboard_port": port_of(plan.name, RAY_DASHBOARD)}
     files = {JOB: json.dumps(job), TOKEN: secrets.token_hex(32),
              "ray.json": json.dumps({"id": job["id"]})}          # this folder is fetched: no need to send it by frames
     return {f"runs/{plan.name}/{name}": text for name, text in files.items()}
@@ -38,8 +38,3 @@ def notes(wish: Wish) -> Iterator[str]:
         run = wish.name
         yield ("Ray is started on the machines, and starts a rank that dies again. Its dashboard comes here through a "
                f"tunnel, and asks for a token:  python -m cluster cat {run} txl/runs/{run}/{TOKEN}")
-
-
-def dashboard_port(run: str) -> int:
-    """On node 0's loopback. Of this run, as two may share a machine."""
-    return 8265 + zlib.crc32(run.encode()) % 1000

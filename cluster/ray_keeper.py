@@ -37,13 +37,27 @@ def start(cpus: int, gpus: int, ports: tuple[int, int], lock: int) -> tuple[Path
     with open(os.open(folder / "token", os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as file:
         file.write(secrets.token_hex(32))
     (folder / "start.json").write_text(json.dumps({
-        "address": f"http://127.0.0.1:{ports[0]}", "command": _command(folder, cpus, gpus, ports)}))
+        "address": f"http://127.0.0.1:{ports[0]}", "command": [
+            *ray_start(folder, "127.0.0.1", cpus), *head(0, *ports), f"--num-gpus={gpus}"]}))
     path = os.pathsep.join([str(CHECKOUT), *filter(None, [os.environ.get("PYTHONPATH")])])
     with open(folder / "log", "ab") as log:
         keeper = subprocess.Popen([sys.executable, "-m", "cluster.ray_keeper", str(folder)], stdin=subprocess.DEVNULL,
                                   stdout=log, stderr=log, start_new_session=True, pass_fds=[lock],
                                   env=os.environ | {"PYTHONPATH": path})
     return folder, keeper
+
+
+def ray_start(folder: Path, address: str, cpus: int) -> list[str]:
+    """`ray start` of a machine that has `address` among the others. GPUs Ray counts itself if it is not told."""
+    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats",
+            f"--temp-dir={folder}", f"--node-ip-address={address}", "--dashboard-agent-listen-port=0",
+            f"--num-cpus={cpus}", f"--object-store-memory={STORE_BYTES}"]
+
+
+def head(port: int, dashboard: int, client: int) -> list[str]:
+    """What it is told besides on the first machine; the dashboard is on that one's loopback."""
+    return ["--head", f"--port={port}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}",
+            f"--ray-client-server-port={client}"]
 
 
 def dashboard(folder: Path) -> Dashboard:
@@ -158,13 +172,6 @@ def main(argv: list[str]) -> int:
     finally:
         wind_up(ray, folder)
     return 0
-
-
-def _command(folder: Path, cpus: int, gpus: int, ports: tuple[int, int]) -> list[str]:
-    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats",
-            f"--temp-dir={folder}", "--node-ip-address=127.0.0.1", "--port=0", "--dashboard-host=127.0.0.1",
-            f"--dashboard-port={ports[0]}", f"--ray-client-server-port={ports[1]}", "--dashboard-agent-listen-port=0",
-            f"--num-cpus={cpus}", f"--num-gpus={gpus}", f"--object-store-memory={STORE_BYTES}"]
 
 
 def _die_with_parent() -> None:

@@ -2,11 +2,9 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import signal
 import threading
 import time
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -17,7 +15,7 @@ from cluster import reach, ssh
 from cluster.backends import LOST, Watch
 from cluster.follow import Tail
 from cluster.local import free_port
-from cluster.run import Broken
+from cluster.run import Broken, read_json
 from cluster.ssh import Interrupted, Shell, SomeFailed, Trouble, each
 
 FETCH_S, FETCH_OTHERS_S = 1.0, 5.0                # between two looks at node 0, whose log is shown, and at the others
@@ -142,7 +140,7 @@ class RemoteJob:
         return -signal.SIGTERM if node in self._ended and said["status"] == -signal.SIGKILL else said["status"]
 
     def _said(self, node: int) -> dict[str, Any]:
-        said = read_node(self.run_dir / "nodes" / f"{node}.json")
+        said = read_json(self.run_dir / "nodes" / f"{node}.json")
         return said if said.get("launch") == self.launch else {}
 
     def _follow(self, node: int) -> None:
@@ -256,25 +254,3 @@ class RemoteJob:
 
 def _name(node: int) -> str:
     return f"node-{node}"
-
-
-def board_port(run: str) -> int:
-    """Where node 0 has a run's TensorBoard: of this run, as two may share a machine."""
-    return 6006 + zlib.crc32(run.encode()) % 1000
-
-
-def read_node(path: Path) -> dict[str, Any]:
-    """What a supervisor says of its node; {} where it has said nothing."""
-    try:
-        return parsed(path.read_text(errors="replace"))
-    except OSError:
-        return {}
-
-
-def parsed(text: str) -> dict[str, Any]:
-    """A file that says something in JSON; {} of one that was caught half written, as on a full disk."""
-    try:
-        said = json.loads(text)
-    except ValueError:
-        return {}
-    return said if isinstance(said, dict) else {}

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +19,7 @@ from engine.files import write_whole
 from engine.values import BadValue, differences, from_json, to_json
 
 LAUNCHED = "=== launched"                         # how the line begins that a launch writes at the top of a node's log
+MASTER, TENSORBOARD, RAY_DASHBOARD = 20000, 6006, 8265       # the first ports of what a run opens on its machines
 MEND = "A run needs a folder below runs/ here that it can write to, and room on the disk. Then the same command again."
 
 
@@ -109,9 +111,23 @@ def read_status(run_dir: Path) -> dict[str, Any]:
 def read_json(path: Path) -> dict[str, Any]:
     """{} where there is nothing that can be read as such."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
+        return parse_json(path.read_text(errors="replace"))
+    except FileNotFoundError:
         return {}
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """A file that says something in JSON; {} of one that was caught half written, as on a full disk."""
+    try:
+        said = json.loads(text)
+    except ValueError:
+        return {}
+    return said if isinstance(said, dict) else {}
+
+
+def port_of(run: str, first: int) -> int:
+    """Of the thousand ports from `first` on the run's own: two runs may share a machine."""
+    return first + zlib.crc32(run.encode()) % 1000
 
 
 def newest_checkpoint(run_dir: Path) -> dict[str, Any] | None:

@@ -22,8 +22,7 @@ from cluster.follow import FAILED, FINISHED
 from cluster.hosts import hosted
 from cluster.journal import Journal, home, owner_name
 from cluster.local import free_port
-from cluster.remote import board_port
-from cluster.run import Refused, agree
+from cluster.run import TENSORBOARD, Refused, agree, port_of
 from cluster.ssh import Host, Shell, Trouble, each
 from cluster.stacks import stack_for
 from cluster.verbs import Region, one_cluster
@@ -235,7 +234,7 @@ def tensorboard(words: Sequence[str], flags: To) -> int:
         return _until_ctrl_c([sys.executable, "-m", "tensorboard.main", f"--logdir={where}", "--host=127.0.0.1",
                               f"--port={port}"])
     found, shells = where
-    there, first = board_port(found.name), one(shells, 0)
+    there, first = port_of(found.name, TENSORBOARD), one(shells, 0)
     print(f"Looking for TensorBoard on {first.name}.", flush=True)
     first.run(f"run={shlex.quote(f'runs/{found.name}')} port={there}\n{BOARD}", timeout_s=90)
     tunnel = openssh.forward(first.config, first.name, port, there)

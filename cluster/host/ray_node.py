@@ -136,14 +136,10 @@ class Ray:
 
 
 def command(seat: Seat, folder: Path) -> list[str]:
-    """`ray start`. What this machine has of GPUs it finds itself."""
-    where = [f"--address={seat.head}"] if seat.node else [
-        "--head", f"--port={seat.head.rpartition(':')[2]}", "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={seat.job['dashboard_port']}", f"--ray-client-server-port={free_port()}"]
-    return [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *where,
-            f"--node-ip-address={seat.address}", f"--temp-dir={folder}", f"--labels={NODE_LABEL}={seat.node}",
-            "--dashboard-agent-listen-port=0", f"--num-cpus={max(seat.job['per_machine'], os.cpu_count() or 1)}",
-            f"--object-store-memory={ray_keeper.STORE_BYTES}"]
+    """`ray start` on this machine."""
+    port, cpus = int(seat.head.rpartition(":")[2]), max(seat.job["per_machine"], os.cpu_count() or 1)
+    where = [f"--address={seat.head}"] if seat.node else ray_keeper.head(port, seat.job["dashboard_port"], free_port())
+    return [*ray_keeper.ray_start(folder, seat.address, cpus), *where, f"--labels={NODE_LABEL}={seat.node}"]
 
 
 def lead(seat: Seat, ray: Ray, asked: threading.Event) -> int:

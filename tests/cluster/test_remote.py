@@ -20,8 +20,8 @@ from cluster.follow import failure, unlogged
 from cluster.plan import torchrun
 from cluster.rehearsal import keeper
 from cluster.rehearsal.sshd import free_port
-from cluster.remote import RemoteJob, board_port
-from cluster.run import Broken
+from cluster.remote import RemoteJob
+from cluster.run import TENSORBOARD, Broken, port_of
 from configs import tiny
 from engine.values import override, to_json
 from tests.cluster.launching import Person, until
@@ -53,9 +53,9 @@ def start(trio, tmp_path, monkeypatch):
         if begin:
             reach.start(shells, RUN.as_posix(), [
                 {"launch": launch, "command": ["sh", "-c", script], "env": {}, "private": machine.address,
-                 "tensorboard": ["python3", "-m", "http.server", "--bind=127.0.0.1", str(board_port(NAME))]
+                 "tensorboard": ["python3", "-m", "http.server", "--bind=127.0.0.1", str(port_of(NAME, TENSORBOARD))]
                  if board and not i else None} for i, (script, machine) in enumerate(zip(scripts, trio.all))])
-        pages = {"TensorBoard": board_port(NAME)} if board else {}
+        pages = {"TensorBoard": port_of(NAME, TENSORBOARD)} if board else {}
         jobs.append(RemoteJob(RUN, shells, launch, person, pages=pages, **hooks))
         return jobs[-1], person
 
