@@ -10,7 +10,8 @@
 A run is the folder runs/NAME, and the same command again goes on where it stopped: on machines of that name which are
 still up, it follows them. Ctrl-C stops with a checkpoint; losing this program or its connection harms nothing.
 python -m cluster --help has what one does with machines afterwards.
-Exit status: 0 finished, 1 failed, 2 refused before anything was started, 130 stopped.
+Exit status: 0 finished, 1 failed, 2 refused before anything was started, 3 finished without reaching a target of
+recipe.clock, 130 stopped.
 """
 from __future__ import annotations
 
@@ -24,13 +25,14 @@ from typing import Literal
 
 from cluster import backends, run
 from cluster.backends import Wish
-from cluster.follow import FAILED, FINISHED, STOPPED, Follower
+from cluster.follow import FAILED, FINISHED, MISSED, STOPPED, Follower
 from cluster.plan import Plan
 from cluster.run import Broken, Refused, Stopped
 from cluster.spec import LOCAL, Config, Terms
 from configs import CONFIGS
 from engine.cli import flag, misuse, parse, this_python
 from engine.values import BadValue, nearest, override
+from txl import options
 
 REHEARSED = ("launch_tensorboard", "wait", "fallback", "budget", "max_hours", "minutes_after_success",
              "minutes_after_failure", "disk_gib", "ray")
@@ -82,7 +84,7 @@ class Flags:
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, prog="launch.py", about=__doc__, more=list_configs)
+    flags = parse(Flags, argv, prog="launch.py", about=__doc__, more=list_configs, advice=options.advice)
     try:
         if (flags.rehearse or flags.drill) and not flags.dry_run:
             from cluster import rehearse
@@ -94,7 +96,9 @@ def main(argv: list[str]) -> int:
             return FINISHED
         if plan.standing.state == "finished":
             print(f"Nothing to do: {plan.standing.place or plan.run_dir} is finished. For another run, another --name.")
-            return FINISHED
+            for target in plan.standing.missed:
+                print(f"It missed {target}")
+            return MISSED if plan.standing.missed else FINISHED
         confirm(plan)
         with Follower(plan) as follower:
             job = backends.load(plan.backend).apply(plan, follower)
@@ -197,7 +201,8 @@ def list_configs() -> str:
         for name, config in CONFIGS.items():
             if config.group == group:
                 machines, gpus, params = config.machines, config.machines.gpus_per_machine, config.recipe.params
-                columns = (f"{machines.count} x {machines.kind}" if machines.kind != LOCAL else "this machine",
+                columns = (f"{machines.count} x {machines.kind}" if machines.kind != LOCAL else
+                           "this machine" if machines.count == 1 else f"{machines.count} of yours",
                            f"{gpus * machines.count} GPU{'s' * (gpus * machines.count > 1)}" if gpus else "",
                            f"{params / 1e6:.1f}M parameters" if params else "",
                            f"${machines.usd_per_hour:.2f}/h" if machines.usd_per_hour else "")

@@ -15,7 +15,7 @@ from cluster import run
 from cluster.backends import LOST, Job
 from cluster.plan import Plan
 
-FINISHED, FAILED, STOPPED = 0, 1, 130             # exit statuses of the launcher; 2 is a launch refused
+FINISHED, FAILED, MISSED, STOPPED = 0, 1, 3, 130  # exit statuses of the launcher; 2 is a launch refused
 POLL_S = 0.1
 TAIL = 20                                         # lines of a log shown after a failure
 FOLLOWED = "rank-0.log"
@@ -48,7 +48,8 @@ class Follower:
         return self._interrupts > 0
 
     def follow(self, job: Job) -> int:
-        """Shows the log until the run has ended. The exit status for the shell: 0 finished, 1 failed, 130 stopped."""
+        """Shows the log until the run has ended. The exit status for the shell: 0 finished, 1 failed, 3 finished and
+        missed a target, 130 stopped."""
         try:
             statuses = self._until_the_end(job)
         except OSError as error:
@@ -87,7 +88,7 @@ class Follower:
         go_on = f"Go on with:  {self.plan.command}"
         if not any(statuses) and status.get("state") == "finished":
             self.screen.say(f"Finished at step {status['step']}: {status['message']}. Everything is in {run_dir}")
-            return FINISHED
+            return MISSED if run.missed(self.plan.config.recipe, status) else FINISHED
         if not any(statuses) and status.get("state") == "stopped":
             self.screen.say(f"Stopped at step {status['step']} of {self.plan.steps}. {go_on}")
             return STOPPED

@@ -44,6 +44,7 @@ class Standing:
     message: str = ""                             # the trainer's last word
     changes: tuple[str, ...] = ()                 # in what does not move the curve
     place: str | None = None                      # where the run is that far; None: in its folder here
+    missed: tuple[str, ...] = ()                  # targets that it finished without
 
     def __str__(self) -> str:
         there = f", as {self.place} has it" if self.place else ""
@@ -77,7 +78,8 @@ def standing(run_dir: Path, recipe: Recipe, called: str | None = None) -> Standi
                       + f"\nChoose another --name, or remove {called}")
     status = read_status(run_dir)
     if status.get("state") == "finished":
-        return Standing("finished", status.get("step"), message=status.get("message", ""))
+        return Standing("finished", status.get("step"), message=status.get("message", ""),
+                        missed=missed(recipe, status))
     newest = newest_checkpoint(run_dir) or {}
     return _beginning(Standing("unfinished", newest.get("step"), newest.get("ranks"), changes=changes), recipe)
 
@@ -130,6 +132,11 @@ def port_of(run: str, first: int) -> int:
     return first + zlib.crc32(run.encode()) % 1000
 
 
+def missed(recipe: Recipe, status: dict[str, Any]) -> tuple[str, ...]:
+    """Targets of the recipe which the run that has this status.json finished without, each with what it reached."""
+    return tuple(target for target, reached in recipe.clock.targets(**status.get("reached", {})).items() if not reached)
+
+
 def newest_checkpoint(run_dir: Path) -> dict[str, Any] | None:
     """meta.json (step, ranks, ...) of the checkpoint that the trainer goes on from."""
     return next((meta for _, meta in _checkpoints(run_dir)), None)
@@ -162,9 +169,10 @@ def record(run_dir: Path, recipe: Recipe, plan: str, command: str, overrides: tu
 
 
 def _beginning(standing: Standing, recipe: Recipe) -> Standing:
-    if recipe.init_from is not None and standing.step is None and not Path(recipe.init_from).exists():
-        raise Refused(f"There is no checkpoint {recipe.init_from}. Give a run's folder (runs/NAME) or one of its "
-                      f"checkpoints/step-*")
+    for source in (recipe.init_from, recipe.init_under) if standing.step is None else ():
+        if source is not None and not Path(source).exists():
+            raise Refused(f"There is no checkpoint {source}. Give a run's folder (runs/NAME) or one of its "
+                          f"checkpoints/step-*")
     return standing
 
 

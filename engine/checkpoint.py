@@ -38,6 +38,7 @@ class Checkpoint:
     valid_loss: float | None                      # of exactly these weights; None: not evaluated
     vocabulary: str                               # hash of what the token ids mean to these weights
     nonce: str | None = None                      # the same in meta.json of all machines, of one save only
+    keep: bool = False                            # it stays, however many come after it
 
     def shared(self, device: torch.device | str = "cpu") -> dict[str, Any]:
         return _load(self.path / "model.pt", device)
@@ -58,8 +59,9 @@ class Checkpoint:
 
 
 def save(world: World, folder: Path, step: int, shared: dict[str, Any], own: dict[str, Any], meta: dict[str, Any],
-         keep: int) -> None:
-    """Write one checkpoint; collective, every rank its own part. Then remove all but the `keep` newest and the best.
+         keep: int | None) -> None:
+    """Write one checkpoint; collective, every rank its own part. Then remove all but the `keep` newest, the best, and
+    those whose meta says keep; None: none of them.
 
     Where a rank cannot write, all of them raise CheckpointError, and the checkpoints that were there stay.
     """
@@ -173,15 +175,17 @@ def _intact(path: Path) -> Checkpoint | None:
     meta = intact(path)
     if meta is None:
         return None
-    return Checkpoint(path, meta["step"], meta["ranks"], meta["valid_loss"], meta["vocabulary"], meta.get("nonce"))
+    return Checkpoint(path, meta["step"], meta["ranks"], meta["valid_loss"], meta["vocabulary"], meta.get("nonce"),
+                      meta.get("keep", False))
 
 
-def _prune(folder: Path, keep: int) -> list[str]:
-    """Removes what is neither among the newest nor the best. The names of what is left, damaged ones too."""
+def _prune(folder: Path, keep: int | None) -> list[str]:
+    """Removes what is neither to be kept nor among the newest nor the best. The names of what is left, damaged ones
+    too."""
     checkpoints = complete(folder)
-    kept = [*checkpoints[-keep:], best(checkpoints)]
+    kept = checkpoints if keep is None else [*checkpoints[-keep:], best(checkpoints)]
     for checkpoint in checkpoints:
-        if checkpoint not in kept:
+        if checkpoint not in kept and not checkpoint.keep:
             shutil.rmtree(checkpoint.path, ignore_errors=True)
     return [path.name for path in folder.glob("step-*")]
 

@@ -34,17 +34,18 @@ def flag(about: str, default: Any = dataclasses.MISSING) -> Any:
     return dataclasses.field(default=default, metadata={"about": about})
 
 
-def parse(flags: type[T], argv: list[str], *, prog: str, about: str, more: Callable[[], str] = str) -> T:
+def parse(flags: type[T], argv: list[str], *, prog: str, about: str, more: Callable[[], str] = str,
+          advice: Callable[[str], str | None] = lambda name: None) -> T:
     """The command line as a `flags`. Misuse is one line on stderr and exit status 2; --help prints and exits with 0.
 
-    `about` heads the help and `more()` ends it. A field of type tuple may be repeated, any other not; numbers may also
-    stand between commas.
+    `about` heads the help and `more()` ends it. `advice` may know what to say of a flag that there is not. A field of
+    type tuple may be repeated, any other not; numbers may also stand between commas.
     """
     if "--help" in argv or "-h" in argv:
         print(_help(flags, prog, about) + more())
         raise SystemExit(0)
     try:
-        return _checked(flags, argv)
+        return _checked(flags, argv, advice)
     except values.BadValue as error:
         misuse(f"{error}. The flags: {this_python()} {prog} --help".replace("?.", "?"))
 
@@ -68,11 +69,13 @@ def this_python() -> str:
     return this if relative.startswith(os.pardir) or os.sep not in relative else relative
 
 
-def _checked(flags: Any, argv: list[str]) -> Any:
+def _checked(flags: Any, argv: list[str], advice: Callable[[str], str | None]) -> Any:
     hints = typing.get_type_hints(flags)
     given: dict[str, Any] = {}
     for typed, name, text in _split(argv):
         if name not in hints:
+            if known_elsewhere := advice(name):
+                raise values.BadValue(f"{typed} is {known_elsewhere}")
             near = values.nearest(f"--{name}", [f"--{known}" for known in hints])
             raise values.BadValue(f"There is no flag {typed}.{near}")
         kind, many = hints[name], typing.get_origin(hints[name]) is tuple

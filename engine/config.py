@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 from engine.values import BadValue
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Affinity = Literal["socket", "socket_unique_interleaved", "socket_unique_continuous", "single", "single_unique",
+                   "disabled"]
 
 
 @dataclass(frozen=True)
@@ -53,14 +55,19 @@ class Schedule:
     """How the learning rate moves: a pure function of steps or tokens (engine/schedule.py).
 
     Warm-up is linear and counts the step being taken, so the first step has lr/warmup_steps, not zero and not lr.
-    The horizon is where a cosine reaches `eta_min`; None: where training stops.
+    The horizon is where a cosine reaches its lowest; None: where training stops.
+
+    "finder" looks for a learning rate and trains nothing: from a thousandth of optim.lr it rises towards 1 (or
+    optim.lr, if that is more) where training stops, without warm-up or evaluations. It ends when the loss runs away,
+    and says where it fell fastest (engine/finder.py).
     """
-    name: Literal["cosine", "inv_sqrt", "constant", "plateau"] = "cosine"
+    name: Literal["cosine", "inv_sqrt", "constant", "plateau", "finder"] = "cosine"
     warmup_steps: int = 0
     warmup_tokens: int = 0
     horizon_steps: int | None = None
     horizon_tokens: int | None = None
     eta_min: float = 0.0                          # lowest learning rate (absolute) of cosine and plateau
+    eta_min_ratio: float = 0.0                    # the same as a fraction of the peak; one of the two
     decay_rate: float = 0.5                       # plateau: factor after `patience` evaluations without a better loss
     patience: int = 0
 
@@ -69,8 +76,14 @@ class Schedule:
             raise ValueError("give warmup_steps or warmup_tokens, not both")
         if self.horizon_steps is not None and self.horizon_tokens is not None:
             raise ValueError("give horizon_steps or horizon_tokens, not both")
-        if min(self.warmup_steps, self.warmup_tokens, self.eta_min, self.patience) < 0:
+        if self.eta_min and self.eta_min_ratio:
+            raise ValueError("give eta_min or eta_min_ratio, not both")
+        if min(self.warmup_steps, self.warmup_tokens, self.eta_min, self.eta_min_ratio, self.patience) < 0:
             raise ValueError("warmup, eta_min and patience must not be negative")
+
+    def lowest(self, peak_lr: float) -> float:
+        """The learning rate that cosine and plateau do not go below."""
+        return self.eta_min or self.eta_min_ratio * peak_lr
 
 
 @dataclass(frozen=True)
@@ -134,16 +147,47 @@ class Stop:
 
 @dataclass(frozen=True)
 class Clock:
-    """What does not move the loss curve. Intervals are in optimizer steps."""
+    """What does not move the loss curve: a run may go on with another. Intervals are in optimizer steps.
+
+    A run that misses a target has finished all the same: its last word says so, and the exit status of launch.py.
+    """
     log_interval: int = 100
-    eval_interval: int = 4000
+    log_first_steps: int = 0                      # so many at the start are logged each
+    eval_interval: int | None = 4000              # None: no validation, also not at the end
+    test: bool = True                             # with the best weights, at the end
     checkpoint_interval: int = 1000               # besides one at every better evaluation and at the end
-    keep_checkpoints: int = 2                     # the newest; the best is always kept
+    checkpoint_epochs: bool = False               # and one at the end of each epoch, which is always kept
+    keep_checkpoints: int | None = 2              # the newest; the best is always kept. None: all
+    target_perplexity: float | None = None        # of the validation with the best weights, at most
+    target_tokens_per_s: float | None = None      # of training, over all ranks, at least
+    affinity: Affinity = "socket"                 # the processors a rank keeps to (engine/affinity.py)
     compile: bool = False                         # torch.compile of each layer
 
     def __post_init__(self):
-        if min(self.log_interval, self.eval_interval, self.checkpoint_interval, self.keep_checkpoints) < 1:
-            raise ValueError("intervals and keep_checkpoints must be at least 1")
+        if min(self.log_interval, self.eval_interval or 1, self.checkpoint_interval, self.keep_checkpoints or 1) < 1 \
+                or self.eval_interval == 0 or self.keep_checkpoints == 0:
+            raise ValueError("intervals and keep_checkpoints must be at least 1; use none for no validation and to "
+                             "keep all")
+        if self.log_first_steps < 0:
+            raise ValueError("log_first_steps must not be negative")
+        if self.target_perplexity is not None and self.eval_interval is None:
+            raise ValueError("target_perplexity is of the validation, which eval_interval=none leaves out")
+
+    def targets(self, *, perplexity: float | None = None, tokens_per_s: float | None = None,
+                split: str = "valid") -> dict[str, bool]:
+        """Each target, in words beside what was measured, and whether it is reached. What was not measured is not."""
+        targets = {}
+        if self.target_perplexity is not None:
+            targets[f"{split} ppl {_shown(perplexity, '.3f')} (target: at most {self.target_perplexity:g})"] = (
+                perplexity is not None and perplexity <= self.target_perplexity)
+        if self.target_tokens_per_s is not None:
+            targets[f"{_shown(tokens_per_s, ',.0f')} tokens/s (target: at least {self.target_tokens_per_s:,g})"] = (
+                tokens_per_s is not None and tokens_per_s >= self.target_tokens_per_s)
+        return targets
+
+
+def _shown(x: float | None, form: str) -> str:
+    return "not measured" if x is None else format(x, form)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,15 +204,22 @@ class Recipe:
     init_from: str | None = None                  # a run or checkpoint whose weights training starts from
     init_optim: bool = False                      # its optimizer's state too
     init_partly: bool = False                     # of its weights those that are here, and begin the rest anew
+    init_under: str | None = None                 # another, for the weights that init_from has not
     freeze: tuple[str, ...] = ()                  # parameters that stay as they are: names, or patterns as layers.0.*
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self):
-        if self.init_from is None and (self.init_optim or self.init_partly):
-            raise ValueError("init_optim and init_partly are about what init_from names, which is none")
-        if self.init_optim and (self.init_partly or self.frozen):
-            raise ValueError("init_optim is for all parameters of init_from: not with init_partly, nor with frozen "
-                             "ones")
+        if self.init_from is None and (self.init_optim or self.init_partly or self.init_under):
+            raise ValueError("init_optim, init_partly and init_under are about what init_from names, which is none")
+        if self.init_partly and self.init_under:
+            raise ValueError("what init_from has not begins anew (init_partly) or is that of init_under: give one")
+        if self.init_optim and (self.init_partly or self.init_under or self.frozen):
+            raise ValueError("init_optim is for all parameters of init_from: without init_under, not with init_partly, "
+                             "nor with frozen ones")
+        if self.schedule.name == "plateau" and self.clock.eval_interval is None:
+            raise ValueError("plateau goes by the validation, which eval_interval=none leaves out")
+        if self.schedule.name == "finder" and not self.optim.peak_lr(1) > 0:
+            raise ValueError("the finder begins at a thousandth of optim.lr, which must be above 0")
 
     @property
     def frozen(self) -> tuple[str, ...]:

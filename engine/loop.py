@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine import checkpoint, optim
+from engine import affinity, checkpoint, optim
 from engine.config import Recipe
+from engine.files import write_whole
+from engine.finder import slopes, suggestion
 from engine.metrics import Metrics, Stopwatch, brief, gpu_memory, peak_flops, ppl
 from engine.precision import precision_for
 from engine.run import Run
@@ -39,6 +41,9 @@ class Progress:
     valid_losses: list[float] = field(default_factory=list)
     lowest_loss: float = float("inf")             # of a log interval
     seconds: float = 0.0                          # of training, over all starts
+    timed_tokens: int = 0                         # of these tokens, all but each start's first log interval,
+    timed_seconds: float = 0.0                    # and what they took
+    curve: list[tuple[float, float]] = field(default_factory=list)           # the finder's: learning rate, loss
 
     def state(self) -> dict[str, Any]:
         return asdict(self)
@@ -54,17 +59,26 @@ class Outcome:
     finished: bool                                # False: it was asked to stop
     step: int
     tokens: int
-    test: Score | None
+    test: Score | None = None                     # None: there was none
+    suggested_lr: float | None = None             # the finder's
 
 
 def train(world: World, task: Task, recipe: Recipe, run: Run) -> Outcome:
     """Train until recipe.stop, or until asked to stop; then, if it ended by itself, test once with the best weights.
 
+    With the schedule "finder" it ends when the loss runs away, without a test, and suggests a learning rate.
     Goes on from the newest complete checkpoint of the run, if there is one, exactly as if it had never stopped
     (bit for bit on a CPU, with one rank or with the same two; the sums of more depend on the order in which DDP lays
     gradients out, which it chooses anew after the first step of a start). Collective. Raises Diverged, CheckpointError.
     """
-    return _Training(world, task, recipe, run).until_the_end()
+    affinity.bind(world, recipe.clock.affinity, run.log)
+    training = _Training(world, task, recipe, run)
+    if recipe.schedule.name != "finder":
+        return training.until_the_end()
+    try:
+        return training.until_the_end()
+    except Diverged as error:
+        return training.found(str(error))
 
 
 class _Training:
@@ -89,7 +103,10 @@ class _Training:
         self.ddp = world.parallel(self.model)
         self.guard = Guard(len(self.parameters), world.device)
         self.metrics = Metrics(run.folder, self.progress.step, self.progress.tokens, active=world.leads)
-        self.watch, self.timed = Stopwatch(), _Timed()
+        self.watch, self.timed, self.warm = Stopwatch(), _Timed(), False
+        self.finding = recipe.schedule.name == "finder"
+        self.eval_interval = None if self.finding else recipe.clock.eval_interval
+        self.log_first_steps = math.inf if self.finding else recipe.clock.log_first_steps
 
     def until_the_end(self) -> Outcome:
         progress, clock, stop = self.progress, self.recipe.clock, self.recipe.stop
@@ -104,17 +121,18 @@ class _Training:
             stops = requested()                    # asked before this step, so that asking all ranks hides behind it
             requested = self.world.any_later(self.run.stop_requested())
             ends = stop.reached(progress.step, progress.tokens)
-            if progress.step % clock.log_interval == 0 or ends:
+            if progress.step % clock.log_interval == 0 or progress.step <= self.log_first_steps or ends:
                 self._log()
-            if progress.step % clock.eval_interval == 0 or ends:
-                self._validate()
-            elif progress.step % clock.checkpoint_interval == 0:
-                self._save(valid_loss=None)
+            epoch_ends = clock.checkpoint_epochs and progress.position.index == 0
+            if self.eval_interval and (progress.step % self.eval_interval == 0 or ends):
+                self._save(self._validate(), keep=epoch_ends)
+            elif progress.step % clock.checkpoint_interval == 0 or epoch_ends or ends:
+                self._save(valid_loss=None, keep=epoch_ends)
             if stops and not ends:
                 requested()
                 return self._stopped()
         requested()
-        return self._finished()
+        return self.found("training stops here") if self.finding else self._finished()
 
     def _step(self, step: Step) -> None:
         """One optimizer step. Nothing in it waits for the device (but fp16's scaler, which must know of overflows)."""
@@ -173,6 +191,10 @@ class _Training:
         loss = self._window_loss()
         seconds = self.watch.lap()
         progress.seconds += seconds
+        if self.warm:
+            progress.timed_tokens += timed.tokens
+            progress.timed_seconds += seconds
+        self.warm = True
         rate, norm = timed.tokens / seconds, window.mean_norm()
         peak = peak_flops(torch.cuda.get_device_name(), self.precision.name) if world.device.type == "cuda" else None
         mfu = rate * self.task.flops_per_token / (peak * world.size) if peak else None
@@ -202,13 +224,15 @@ class _Training:
         self.run.status("training", progress.step)
 
         progress.lowest_loss = min(progress.lowest_loss, loss)
+        if self.finding:
+            progress.curve.append((self.lr, loss))
         if self.precision.scaled and self.scaler.get_scale() < 2.0 ** -10:
             raise Diverged(f"The gradient overflows fp16 at every step up to {progress.step}, whatever the loss scale. "
                            f"{self._good_checkpoint()} Start a new run (--name=NEW) with "
                            f"--set recipe.precision=bf16 or fp32.")
 
-    def _validate(self) -> None:
-        """Evaluate; then save, since these are the weights that the loss is of."""
+    def _validate(self) -> float:
+        """The validation loss of these weights, which are to be saved with it."""
         self._window_loss()                        # what is wrong with the training is said before an evaluation of it
         with self.watch.paused():
             score = self._evaluate("valid")
@@ -219,7 +243,7 @@ class _Training:
                                f"lower learning rate.")
             progress.valid_losses.append(score.loss)
             self._report("valid", score)
-        self._save(valid_loss=score.loss)
+        return score.loss
 
     def _evaluate(self, split: str) -> Score:
         self.model.eval()
@@ -237,7 +261,7 @@ class _Training:
         self.run.log.info(f"{split} at step {progress.step} | loss {score.loss:.4f} | ppl {ppl(score.loss):.3f} | "
                           f"{score.tokens} tokens in {score.seconds:.1f} s | {score.protocol}")
 
-    def _save(self, valid_loss: float | None) -> None:
+    def _save(self, valid_loss: float | None, *, keep: bool = False) -> None:
         if self.saved_step == self.progress.step:
             return                                 # it is there already, and may know its validation loss
         self._window_loss()                        # never a checkpoint of bad weights
@@ -247,7 +271,8 @@ class _Training:
                       "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
             own = {"carries": self.carries, "cpu_rng": torch.get_rng_state(), "window": self.window.state(),
                    "cuda_rng": torch.cuda.get_rng_state() if cuda else None}
-            meta = {"tokens": self.progress.tokens, "valid_loss": valid_loss, "vocabulary": self.task.vocabulary}
+            meta = {"tokens": self.progress.tokens, "valid_loss": valid_loss, "vocabulary": self.task.vocabulary,
+                    "keep": keep}
             checkpoint.save(self.world, self.run.checkpoints, self.progress.step, shared, own, meta,
                             self.recipe.clock.keep_checkpoints)
             self.saved_step = self.progress.step
@@ -261,8 +286,11 @@ class _Training:
         found = checkpoint.from_leader(world, lambda: checkpoint.complete(folder))
         if not found:
             if self.recipe.init_from:
-                source = Path(self.recipe.init_from)
-                self._take_weights(lambda: checkpoint.find(source), partly=self.recipe.init_partly)
+                source, under = Path(self.recipe.init_from), self.recipe.init_under
+                if under:
+                    self._take_weights(lambda: checkpoint.find(Path(under)))
+                self._take_weights(lambda: checkpoint.find(source), partly=self.recipe.init_partly or under is not None,
+                                   others=f"are those of {under}" if under else "begin anew")
                 if self.recipe.init_optim:
                     self._take_optimizer(source)
             return
@@ -290,14 +318,15 @@ class _Training:
             torch.cuda.set_rng_state(own["cuda_rng"])
         self.window = _Window.of(own["window"], world.device)
 
-    def _take_weights(self, find: Callable[[], checkpoint.Checkpoint], *, partly: bool = False
-                      ) -> checkpoint.Checkpoint:
-        """The weights, on every rank, of what the leading rank finds on its disk."""
+    def _take_weights(self, find: Callable[[], checkpoint.Checkpoint], *, partly: bool = False,
+                      others: str = "") -> checkpoint.Checkpoint:
+        """The weights, on every rank, of what the leading rank finds on its disk. `others`: what becomes of those that
+        it has not."""
         def load() -> checkpoint.Checkpoint:
             found = find()
             new = load_weights(self.model, found, self.task.vocabulary, partly=partly)
             if new:
-                self.run.log.info(f"{found.path} lacks {len(new)} tensors, which begin anew: {_span(new)}")
+                self.run.log.info(f"{found.path} lacks {len(new)} tensors, which {others}: {_span(new)}")
             return found
         found = checkpoint.from_leader(self.world, load)
         self.model.load_state_dict(self.world.broadcast(self.model.state_dict()))
@@ -324,18 +353,44 @@ class _Training:
         self.run.stop_honoured()
         self.run.status("stopped", progress.step)
         self.metrics.close()
-        return Outcome(False, progress.step, progress.tokens, None)
+        return Outcome(False, progress.step, progress.tokens)
 
     def _finished(self) -> Outcome:
-        progress = self.progress
+        progress, clock, score, words = self.progress, self.recipe.clock, None, []
         best = self._take_weights(lambda: checkpoint.find(self.run.folder))
-        score = self._evaluate("test")
-        self._report("test", score)
+        if clock.test:
+            score = self._evaluate("test")
+            self._report("test", score)
+            words = [f"test ppl {ppl(score.loss):.3f} with the weights of step {best.step}"]
+        perplexity = None if best.valid_loss is None else ppl(best.valid_loss)
+        rate = progress.timed_tokens / progress.timed_seconds if progress.timed_seconds else None
+        targets = clock.targets(perplexity=perplexity, tokens_per_s=rate)
+        words += [f"{'reached' if is_reached else 'MISSED'}: {target}" for target, is_reached in targets.items()]
+        return self._end(", ".join(words), Outcome(True, progress.step, progress.tokens, score),
+                         reached={"perplexity": perplexity, "tokens_per_s": rate})
+
+    def found(self, why: str) -> Outcome:
+        """The finder's end: its curve as lr_finder.json and for TensorBoard, and what it suggests."""
+        progress, lr = self.progress, suggestion(self.progress.curve)
+        rows = [{"lr": x, "loss": loss, "slope": slope}
+                for (x, loss), slope in zip(progress.curve, slopes(progress.curve))]
+        if self.world.leads:
+            write_whole(self.run.folder / "lr_finder.json",
+                        json.dumps({"suggested_lr": lr, "ended": why, "curve": rows}, indent=1) + "\n")
+        for i, row in enumerate(rows):
+            self.metrics.tags(i, finder__lr=row["lr"], finder__loss=row["loss"], finder__slope=row["slope"])
+        self.run.log.info(f"the finder has ended at lr {self.lr:.3g}: {why}")
+        message = (f"suggested lr {lr:.3g}, where the loss fell fastest. Start a new run (--name=NEW) with "
+                   f"--set recipe.optim.lr={lr:.3g}" if lr else
+                   "no lr is suggested, as the loss did not fall: begin lower, or take more steps (recipe.stop)")
+        return self._end(message, Outcome(True, progress.step, progress.tokens, suggested_lr=lr))
+
+    def _end(self, message: str, outcome: Outcome, **more: Any) -> Outcome:
+        self.run.log.info(message)
         self.run.stop_honoured()
-        self.run.status("finished", progress.step,
-                        f"test ppl {ppl(score.loss):.3f} with the weights of step {best.step}")
+        self.run.status("finished", self.progress.step, message, **more)
         self.metrics.close()
-        return Outcome(True, progress.step, progress.tokens, score)
+        return outcome
 
     def _introduce(self) -> None:
         params = sum(p.numel() for p in self.model.parameters())
@@ -456,7 +511,7 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 def load_weights(model: nn.Module, source: checkpoint.Checkpoint, vocabulary: str, *, partly: bool = False
                  ) -> list[str]:
-    """The model's weights from a checkpoint. With `partly`, of a smaller model: returns the names that it has not.
+    """The model's weights from a checkpoint. With `partly`, of a smaller model: the others stay, and are named.
 
     Raises CheckpointError, naming the tensors, where they do not fit, and where they are of another vocabulary.
     """

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -43,11 +43,11 @@ class Run:
         self.log = self._logger()
         self._signalled, self._step, self._began = False, 0, time.time()
 
-    def status(self, state: State, step: int, message: str = "") -> None:
+    def status(self, state: State, step: int, message: str = "", **more: Any) -> None:
         """Replace status.json, which tells whoever launched the run how it is doing; by the leading rank only."""
         self._step = step
         if self.world.leads:
-            self._write_status(state, step, message)
+            self._write_status(state, step, message, **more)
 
     def describe_machine(self) -> None:
         """machine.json: what a number needs beside it to be compared with another."""
@@ -88,8 +88,8 @@ class Run:
         if self.world.leads:
             (self.folder / "stop").unlink(missing_ok=True)
 
-    def _write_status(self, state: State, step: int, message: str) -> None:
-        text = json.dumps({"state": state, "step": step, "message": message})
+    def _write_status(self, state: State, step: int, message: str, **more: Any) -> None:
+        text = json.dumps({"state": state, "step": step, "message": message} | more)
         try:
             write_whole(self.folder / "status.json", text)
         except OSError:

@@ -23,17 +23,23 @@ def lr_at(schedule: Schedule, peak_lr: float, stop: Stop, *, step: int, tokens: 
               1 / sqrt(step). The ancestors leave sqrt(warmup) out: their lr is ours / sqrt(warmup). arXiv:1706.03762.
     constant  the peak.
     plateau   decay_rate for every `patience + 1` evaluations in a row that bring no better loss, down to eta_min.
+    finder    evenly in the logarithm from peak / 1000 to 1, or to the peak if that is more, where training stops; no
+              warm-up, as it is one. The ancestors' range; arXiv:1506.01186.
     """
+    if schedule.name == "finder":
+        done = max(_fraction(step, 0, stop.max_steps), _fraction(tokens, 0, stop.max_tokens))
+        return peak_lr / 1000 * (max(1.0, peak_lr) / (peak_lr / 1000)) ** done
+    lowest = schedule.lowest(peak_lr)
     warm = min(1.0, _over(step + 1, schedule.warmup_steps), _over(tokens_after, schedule.warmup_tokens))
     if schedule.name == "cosine":
-        span = peak_lr - schedule.eta_min
-        return warm * (schedule.eta_min + span * (1 + math.cos(math.pi * _progress(schedule, stop, step, tokens))) / 2)
+        span = peak_lr - lowest
+        return warm * (lowest + span * (1 + math.cos(math.pi * _progress(schedule, stop, step, tokens))) / 2)
     if schedule.name == "inv_sqrt":
         warmup, done = (schedule.warmup_tokens, tokens) if schedule.warmup_tokens else (schedule.warmup_steps, step)
         return warm * peak_lr * math.sqrt(max(1, warmup) / max(1, warmup, done))
     if schedule.name == "plateau":
         decayed = peak_lr * schedule.decay_rate ** _decays(valid_losses, schedule.patience)
-        return warm * max(decayed, min(peak_lr, schedule.eta_min))
+        return warm * max(decayed, min(peak_lr, lowest))
     if schedule.name == "constant":
         return warm * peak_lr
     raise ValueError(f"no schedule is called {schedule.name!r}")

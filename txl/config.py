@@ -128,6 +128,7 @@ class Recipe(engine.Recipe):
     eval_context: Context                         # validation while training
     test_context: Context | None = None           # the test at the end; None: eval_context
     eval_streams: int = 16                        # parallel streams a split is cut into; part of the protocol
+    eval_max_segments: int | None = None          # a validation while training reads so many of each; None: all
     roll: bool = False                            # each epoch each stream begins at another place (NVIDIA's)
     varlen: bool = False                          # training segments of random lengths around tgt_len (the original's)
 
@@ -145,8 +146,8 @@ class Recipe(engine.Recipe):
         super().__post_init__()
         if not 0 <= self.freeze_below <= self.model.n_layer:
             raise ValueError(f"freeze_below is {self.freeze_below}, and there are {self.model.n_layer} layers")
-        if self.eval_streams < 1:
-            raise ValueError("eval_streams must be at least 1")
+        if min(self.eval_streams, 1 if self.eval_max_segments is None else self.eval_max_segments) < 1:
+            raise ValueError("eval_streams and eval_max_segments must be at least 1")
         if self.data.n_token is not None and self.model.cutoffs and self.model.cutoffs[-1] >= self.data.n_token:
             raise ValueError(f"the last cutoff {self.model.cutoffs[-1]} must be below the {self.data.n_token} tokens "
                              f"of the vocabulary")
@@ -166,9 +167,9 @@ class Recipe(engine.Recipe):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The text's folder with the tokens below it, the vocabulary's files, the run that training starts from."""
+        """The text's folder with the tokens below it, the vocabulary's files, the runs that training starts from."""
         files = {"bpe": self.data.bpe_files, "word": self.data.word_list}.get(self.data.vocab)
-        return tuple(path for path in (self.data.dir, files, self.init_from) if path is not None)
+        return tuple(path for path in (self.data.dir, files, self.init_from, self.init_under) if path is not None)
 
     @property
     def prepare(self) -> tuple[str, ...] | None:

@@ -30,7 +30,7 @@ from engine import checkpoint
 from engine.cli import flag, misuse, parse
 from engine.values import BadValue, nearest, override, to_json
 from engine.world import world
-from txl import dialects
+from txl import dialects, options
 from txl.config import Recipe
 from txl.data import DataError, load
 from txl.dialects import Dialect, Unconvertible
@@ -62,7 +62,7 @@ class Foreign:
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, prog="-m txl.convert", about=__doc__)
+    flags = parse(Flags, argv, prog="-m txl.convert", about=__doc__, advice=options.advice)
     inwards = flags.weights is not None and flags.config is not None and flags.to is None and flags.format is None
     outwards = (flags.to is not None and flags.format is not None and flags.weights is None and flags.config is None
                 and not flags.set)

@@ -29,6 +29,7 @@ import numpy as np
 
 from engine.cli import flag, parse
 from engine.values import BadValue, from_json
+from txl import options
 from txl.config import Data, Dataset
 from txl.datasets import FOLDERS, SOURCES, SPLITS, DataError, fetch, write_stdlib
 from txl.vocab import BpeVocab, ByteVocab, Vocab, WordVocab
@@ -91,7 +92,7 @@ def prepare(data: Data) -> Path:
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, prog="-m txl.data", about=__doc__)
+    flags = parse(Flags, argv, prog="-m txl.data", about=__doc__, advice=options.advice)
     folder = Path(flags.dir or FOLDERS.get(flags.dataset, "data/text"))
     try:
         with _explained(folder):

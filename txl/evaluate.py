@@ -3,6 +3,7 @@
     python -m txl.evaluate --run=runs/demo
     python -m txl.evaluate --run=runs/demo --split=all --protocol=nvidia --tgt_len=64 --mem_len=640 --clamp_len=400 \\
         --same_length
+    python -m txl.evaluate --run=runs/demo --target_perplexity=23.4 --save=measured.json
     python -m txl.evaluate --run=runs/demo --scan_mem_len=0,32,64,128
     python -m txl.evaluate --run=runs/demo --text="def main(argv):"
     torchrun --nproc-per-node=8 -m txl.evaluate --run=runs/demo
@@ -26,10 +27,12 @@ import torch
 
 from engine.checkpoint import CheckpointError
 from engine.cli import flag, misuse, parse
+from engine.config import Clock
 from engine.precision import precision_for
 from engine.task import Score
 from engine.values import BadValue, override
 from engine.world import World, world
+from txl import options
 from txl.batches import Streams
 from txl.config import Context, Recipe
 from txl.data import DataError
@@ -38,6 +41,8 @@ from txl.protocol import STREAMS, Protocol
 from txl.task import evaluate
 from txl.text import count_words, unknown, words
 from txl.trained import Trained, restore
+
+MISSED = 3                                        # exit status: measured, but a target is not reached
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,10 @@ class Flags:
     streams: int | None = flag("streams read at once; unless given, the recipe's, or the protocol's", default=None)
     percentiles: tuple[float, ...] = flag("of the time that a segment takes", default=(90, 95, 99))
     scan_mem_len: tuple[int, ...] = flag("what memory is worth: lengths to compare; TensorBoard draws it", default=())
+    max_segments: int | None = flag("read only so many segments of each stream", default=None)
+    target_perplexity: float | None = flag("exit status 3 where it is above", default=None)
+    target_tokens_per_s: float | None = flag("exit status 3 where it is slower, over all ranks", default=None)
+    save: str | None = flag("a file for losses, speeds and every segment's seconds, as JSON", default=None)
     text: str | None = flag("score this text instead, word by word; -: the one on stdin", default=None)
 
 
@@ -61,28 +70,35 @@ class How:
     context: Context
     streams: int
     protocol: Protocol
+    max_segments: int | None = None
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, prog="-m txl.evaluate", about=__doc__)
-    if (flags.streams or 1) < 1 or not all(0 <= p <= 100 for p in flags.percentiles):
-        misuse("--streams must be at least 1, and --percentiles between 0 and 100")
+    flags = parse(Flags, argv, prog="-m txl.evaluate", about=__doc__, advice=options.advice)
+    if min(x for x in (flags.streams, flags.max_segments, 1) if x is not None) < 1:
+        misuse("--streams and --max_segments must be at least 1")
+    if not all(0 <= p <= 100 for p in flags.percentiles):
+        misuse("--percentiles lie between 0 and 100")
+    of_splits = [f"--{name}" for name in ("target_perplexity", "target_tokens_per_s", "save") if getattr(flags, name)]
+    if of_splits and (flags.text is not None or flags.scan_mem_len):
+        misuse(f"{of_splits[0]} is for the evaluation of a split, neither for --text nor for --scan_mem_len")
     with world() as w:
         try:
             trained = restore(Path(flags.run), w)
             with torch.no_grad(), precision_for(trained.recipe.precision, w.device).autocast():
-                report = _report(trained, flags, w)
+                report, reached = _report(trained, flags, w)
         except (BadValue, DataError, CheckpointError) as error:
             print(error, file=sys.stderr)
             return 1
         if w.leads:
             print(report)
-    return 0
+    return 0 if reached else MISSED
 
 
-def table(trained: Trained, split: str, how: How, percentiles: tuple[float, ...], w: World) -> str:
+def table(trained: Trained, split: str, how: How, measured: tuple[Score, list[float]], percentiles: tuple[float, ...],
+          w: World) -> str:
     """The comparison, with the protocol it was measured by and what the training cost. Collective."""
-    corpus, (with_memory, seconds) = trained.corpus, measure(trained, split, how, w)
+    corpus, (with_memory, seconds) = trained.corpus, measured
     without, _ = measure(trained, split, replace(how, context=replace(how.context, mem_len=0)), w)
     text = corpus.splits[split]
     unigram = unigram_nats(corpus.splits["train"], text, corpus.n_token) / len(text)
@@ -126,15 +142,15 @@ def measure(trained: Trained, split: str, how: How, w: World) -> tuple[Score, li
         if w.device.type == "cuda":
             torch.cuda.synchronize(w.device)
         ends.append(time.perf_counter())
-    score = evaluate(trained.net, trained.corpus, split, how.context, how.streams, w, how.protocol, lap)
+    score = evaluate(trained.net, trained.corpus, split, how.context, how.streams, w, how.protocol, lap,
+                     how.max_segments)
     by_rank = w.gather([end - begin for begin, end in pairwise(ends)])
     return score, [max(times) for times in zip(*filter(None, by_rank))]      # a rank without a stream has no segments
 
 
 def speed(seconds: list[float], how: How, percentiles: tuple[float, ...]) -> str:
     """Latency and throughput of a segment, without those during which memory fills and kernels are chosen."""
-    first = how.context.mem_len // how.context.tgt_len + 2
-    timed = seconds[first:-1]                                 # the last is shorter
+    first, timed = _timed(seconds, how)
     if not timed:
         return f"too short to time: {len(seconds)} segments, of which the first {first} and the last do not count"
     mean, tokens = sum(timed) / len(timed), how.streams * how.context.tgt_len
@@ -183,20 +199,40 @@ def unigram_nats(train: np.ndarray, text: np.ndarray, n_token: int) -> float:
     return float(-np.log(counts / counts.sum())[text].sum())
 
 
-def _report(trained: Trained, flags: Flags, w: World) -> str:
-    """What was asked for. Collective; of a text the leader alone makes it."""
+def _timed(seconds: list[float], how: How) -> tuple[int, list[float]]:
+    """How many segments come first that do not count, and those that do."""
+    first = how.context.mem_len // how.context.tgt_len + 2
+    return first, seconds[first:-1]                           # the last is shorter
+
+
+def _report(trained: Trained, flags: Flags, w: World) -> tuple[str, bool]:
+    """What was asked for, and whether all targets are reached. Collective; of a text the leader alone makes it."""
     if flags.text is not None:
         if not w.leads:
-            return ""
+            return "", True
         text = sys.stdin.read() if flags.text == "-" else flags.text
-        return text_table(trained, text, _context(trained.recipe, flags, "test"))
+        return text_table(trained, text, _context(trained.recipe, flags, "test")), True
     streams = flags.streams or STREAMS.get(flags.protocol, trained.recipe.eval_streams)
-    reports = []
+    reports, saved, reached = [], {}, True
+    goals = Clock(target_perplexity=flags.target_perplexity, target_tokens_per_s=flags.target_tokens_per_s)
     for split in ("valid", "test") if flags.split == "all" else (flags.split,):
-        how = How(_context(trained.recipe, flags, split), streams, flags.protocol)
-        reports.append(scan(trained, split, how, flags.scan_mem_len, w) if flags.scan_mem_len else
-                       table(trained, split, how, flags.percentiles, w))
-    return "\n\n".join(reports)
+        how = How(_context(trained.recipe, flags, split), streams, flags.protocol, flags.max_segments)
+        if flags.scan_mem_len:
+            reports.append(scan(trained, split, how, flags.scan_mem_len, w))
+            continue
+        score, seconds = measured = measure(trained, split, how, w)
+        timed = _timed(seconds, how)[1]
+        numbers = {"perplexity": math.exp(score.loss),
+                   "tokens_per_s": how.streams * how.context.tgt_len * len(timed) / sum(timed) if timed else None}
+        targets = goals.targets(perplexity=numbers["perplexity"], tokens_per_s=numbers["tokens_per_s"], split=split)
+        reports.append("\n".join([table(trained, split, how, measured, flags.percentiles, w),
+                                  *(f"{'reached' if ok else 'MISSED'}: {target}" for target, ok in targets.items())]))
+        saved[split] = numbers | {"loss": score.loss, "tokens": score.tokens, "protocol": score.protocol,
+                                  "segment_s": seconds}
+        reached = reached and all(targets.values())
+    if flags.save and w.leads:
+        Path(flags.save).write_text(json.dumps(saved, indent=1) + "\n")
+    return "\n\n".join(reports), reached
 
 
 def _context(recipe: Recipe, flags: Flags, split: str) -> Context:

@@ -22,6 +22,7 @@ from engine.checkpoint import CheckpointError
 from engine.cli import flag, misuse, parse
 from engine.values import BadValue
 from engine.world import world
+from txl import options
 from txl.config import Context
 from txl.data import DataError
 from txl.model import Memory
@@ -86,7 +87,7 @@ class Rows:
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, prog="-m txl.generate", about=__doc__)
+    flags = parse(Flags, argv, prog="-m txl.generate", about=__doc__, advice=options.advice)
     _check(flags)
     with world() as w:
         try:

@@ -53,7 +53,7 @@ def warm_up(protocol: Protocol, context: Context) -> int:
     return -(-context.mem_len // context.tgt_len) * context.tgt_len if protocol == "nvidia" else 0
 
 
-def described(protocol: Protocol, context: Context, count: int) -> str:
+def described(protocol: Protocol, context: Context, count: int, max_segments: int | None = None) -> str:
     """How a number was measured, in words: without them perplexities cannot be compared."""
     warm = warm_up(protocol, context)
     words = {"exact": f"every token once, {count} streams from an empty memory",
@@ -64,7 +64,8 @@ def described(protocol: Protocol, context: Context, count: int) -> str:
     lengths = [f"tgt_len {context.tgt_len}", f"mem_len {context.mem_len}"]
     lengths += [f"ext_len {context.ext_len}"] if context.ext_len else []
     lengths += [f"clamp_len {context.clamp_len}"] if context.clamp_len else []
-    return ", ".join([words, *lengths] + (["same_length"] if context.same_length else []))
+    lengths += ["same_length"] if context.same_length else []
+    return ", ".join([words, *lengths] + ([f"of each the first {max_segments} segments alone"] if max_segments else []))
 
 
 def _cut(text_BS: np.ndarray, warm: int, mine: range, context: Context,

@@ -74,7 +74,9 @@ class TransformerXLTask:
 
     def evaluate(self, model: Any, split: str, world: World) -> Score:
         """By the recipe's context for the split, in its eval_streams."""
-        return evaluate(model, self.corpus, split, self.recipe.context_of(split), self.recipe.eval_streams, world)
+        recipe = self.recipe
+        return evaluate(model, self.corpus, split, recipe.context_of(split), recipe.eval_streams, world,
+                        max_segments=recipe.eval_max_segments if split != "test" else None)
 
 
 def read_recipe(path: Path) -> Recipe:
@@ -88,8 +90,11 @@ def read_recipe(path: Path) -> Recipe:
 
 @torch.no_grad()
 def evaluate(model: TransformerXL, corpus: Corpus, split: str, context: Context, count: int, world: World,
-             protocol: Protocol = "exact", after_segment: Callable[[], None] = lambda: None) -> Score:
+             protocol: Protocol = "exact", after_segment: Callable[[], None] = lambda: None,
+             max_segments: int | None = None) -> Score:
     """The loss of a split, read in `count` parallel streams as the protocol has it. Raises BadValue.
+
+    With `max_segments`, of the beginnings of the streams: so many segments that count.
 
     The number depends on `count` (short streams know less), not on the ranks, which share the streams out.
     """
@@ -97,7 +102,7 @@ def evaluate(model: TransformerXL, corpus: Corpus, split: str, context: Context,
     mine = share_of(count, world.rank, world.size)
     reading = context_for(protocol, context)
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
-    tokens, memory = 0, None
+    tokens, counted, memory = 0, 0, None
     for segment, counts in segments(protocol, corpus.splits[split], corpus.vocab.start, count, mine, reading,
                                     model.config.cutoffs):
         tokens += int((segment.targets_BT >= 0).sum()) if counts else 0
@@ -106,5 +111,9 @@ def evaluate(model: TransformerXL, corpus: Corpus, split: str, context: Context,
         if counts:
             nats += nll_BT.sum(dtype=torch.float64)
         after_segment()
+        counted += counts
+        if counted == max_segments:
+            break
     total_nats, total_tokens = world.sum(nats.item(), tokens)
-    return Score(total_nats, int(total_tokens), time.perf_counter() - begin, described(protocol, context, count))
+    return Score(total_nats, int(total_tokens), time.perf_counter() - begin,
+                 described(protocol, context, count, max_segments))

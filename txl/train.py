@@ -20,6 +20,7 @@ from engine.metrics import MetricsError
 from engine.run import Run
 from engine.values import BadValue
 from engine.world import World, leave, world
+from txl import options
 from txl.config import Data
 from txl.data import Corpus, DataError, load
 from txl.task import TransformerXLTask, read_recipe
@@ -27,8 +28,9 @@ from txl.task import TransformerXLTask, read_recipe
 
 def main(argv: list[str], saved: Callable[[Path], None] = lambda path: None) -> int:
     """`saved`: told of each checkpoint's folder (engine.run.Run)."""
-    if len(argv) != 1:
-        print(__doc__, file=sys.stderr)
+    if len(argv) != 1 or argv[0].startswith("-"):
+        known = [f"{word} is {said}" for word in argv if (said := options.advice(_flag(word)))]
+        print("\n".join(known) or __doc__, file=sys.stderr)
         return 2
     path = Path(argv[0])
     try:
@@ -69,6 +71,11 @@ def same_corpus(w: World, data: Data) -> Corpus:
         raise DataError(f"The machines have different tokens of {data.dir}. {_by_machine(w, fingerprints)}. Copy that "
                         f"folder from one of them to the others, then the same command again")
     return corpus
+
+
+def _flag(word: str) -> str:
+    """batch_chunk of --batch-chunk=4."""
+    return word.lstrip("-").partition("=")[0].replace("-", "_")
 
 
 def _by_machine(w: World, said: list[str]) -> str:
