@@ -1,4 +1,4 @@
-"""Every config by name: frozen values, no logic. `python launch.py --help` lists them.
+"""Every config by name: frozen values. `python launch.py --help` lists them.
 
 A config is a recipe (what can move the loss curve) and the machines that its numbers were published for.
 Numbers come from four systems:
@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cluster.spec import LOCAL, Config, Machines
-from engine.config import Batch, Clock, LinearLr, Optim, Schedule, Stop
+from engine.config import Batch, Clock, LinearLr, Optim, Precision, Schedule, Stop
 from txl.config import Context, Data, Model, Recipe
 
 WT103 = Data("wt103", "data/wikitext-103", n_token=267735)
@@ -200,6 +200,49 @@ nvidia_large_multinode_p3dn = Config(
     NVIDIA_LARGE_MULTINODE, Machines("p3dn.24xlarge", count=16), NVIDIA,
     "18.28 test perplexity in 74 min on 128 V100, 8 DGX-2H, with AMP (NVIDIA's README), at 1,189,700 tokens/s.")
 
+# Its entries by machine, as values: they differ in how many sequences a GPU takes at a time, and in the precision. A
+# DGX is a machine of one's own: the one the command is typed on, or --hosts. For fewer GPUs --set machines.gpus=4, for
+# fewer nodes --machines=4 --set recipe.eval_streams=64 (16 a node): batch_chunk follows from the number of GPUs.
+DGX = {"dgx1": (8, "V100 16GB"), "dgx2": (16, "V100 32GB"), "dgxa100": (8, "A100 40GB")}     # GPUs of each
+NVIDIA_RECIPES = {"base": NVIDIA_BASE, "large": NVIDIA_LARGE, "multinode": NVIDIA_LARGE_MULTINODE}
+# micro_size; test perplexity, minutes and tokens/s that its README has, with all GPUs, of multinode with 8 nodes.
+MEASURED: dict[tuple[str, str, Precision], tuple[int, float, int, int]] = {
+    ("base", "dgx1", "fp16"): (32, 23.18, 121, 258_648), ("base", "dgx1", "fp32"): (16, 23.17, 316, 97_005),
+    ("base", "dgx2", "fp16"): (16, 23.22, 80, 414_994), ("base", "dgx2", "fp32"): (16, 23.22, 149, 222_920),
+    ("base", "dgxa100", "fp16"): (32, 23.24, 76, 449_890), ("base", "dgxa100", "tf32"): (32, 23.24, 110, 305_933),
+    ("large", "dgx1", "fp16"): (4, 18.17, 984, 66_716), ("large", "dgx1", "fp32"): (2, 18.22, 2983, 24_595),
+    ("large", "dgx2", "fp16"): (8, 18.20, 394, 211_387), ("large", "dgx2", "fp32"): (8, 18.21, 1075, 77_568),
+    ("large", "dgxa100", "fp16"): (16, 18.19, 430, 191_148), ("large", "dgxa100", "tf32"): (8, 18.18, 735, 106_651),
+    ("multinode", "dgx2", "fp16"): (16, 18.28, 74, 1_189_700), ("multinode", "dgx2", "fp32"): (8, 18.27, 156, 514_500),
+}
+
+
+def on_dgx(model: str, machine: str, precision: Precision) -> Config:
+    """A row of MEASURED."""
+    micro_size, ppl, minutes, tokens_per_s = MEASURED[model, machine, precision]
+    recipe, (gpus, gpu), nodes = NVIDIA_RECIPES[model], DGX[machine], 8 if model == "multinode" else 1
+    return Config(
+        replace(recipe, batch=replace(recipe.batch, micro_size=micro_size), precision=precision),
+        Machines(LOCAL, count=nodes, gpus=gpus), "NVIDIA's recipes on machines of one's own",
+        f"{ppl} test perplexity in {minutes} min on {nodes * gpus} {gpu} (NVIDIA's README), "
+        f"at {tokens_per_s:,} tokens/s.", tokens_per_s)
+
+
+def trainbench(config: Config) -> Config:
+    """NVIDIA's entry to measure speed with: the first 500 steps of a recipe on its machines, each of them logged."""
+    recipe = config.recipe
+    return replace(
+        config, about="The first 500 steps of the recipe, each logged, to measure tokens/s (NVIDIA's trainbench).",
+        recipe=replace(recipe, stop=Stop(max_steps=500),
+                       schedule=replace(recipe.schedule, horizon_steps=recipe.stop.max_steps),
+                       clock=replace(recipe.clock, log_interval=1, eval_interval=None, test=False)))
+
+
+nvidia_base_trainbench = trainbench(nvidia_base)
+nvidia_large_trainbench = trainbench(nvidia_large)
+nvidia_multinode_trainbench = trainbench(nvidia_large_multinode)
+ON_DGX = {f"nvidia_{'_'.join(key)}": on_dgx(*key) for key in MEASURED}
+
 # --- paper: the original scripts ---------------------------------------------------------------------------------
 
 PAPER_WT103_BASE = Recipe(
@@ -336,4 +379,4 @@ demo_wt103 = Config(
     replace(DEMO, model=replace(DEMO.model, cutoffs=WT103_CUTOFFS, div_val=4), data=WT103),
     Machines(LOCAL), HERE, "demo on wikitext-103 and its 267,735 words. Nothing was published.")
 
-CONFIGS = {name: x for name, x in globals().items() if isinstance(x, Config)}
+CONFIGS = {name: x for name, x in globals().items() if isinstance(x, Config)} | ON_DGX

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cluster.spec import LOCAL
 from configs import CONFIGS
 from engine.config import Batch
+from engine.schedule import lr_at
 from txl.config import Context, n_params
 
 # The tables of the ancestors, written out again.
@@ -79,6 +82,51 @@ CHUNKS = [
 def test_the_micro_batch_rule_gives_every_batch_chunk_of_nvidia(size, micro_size, chunks):
     batch = Batch(size=size, micro_size=micro_size)
     assert {gpus: len(batch.micro_batches(0, gpus)) for gpus in chunks} == chunks
+
+
+# Its yaml files again, entry by entry: batch_chunk by the number of GPUs.
+ENTRIES = {
+    "nvidia_base_dgx1_fp16": ("fp16", {8: 1, 4: 2, 2: 4, 1: 8}),
+    "nvidia_base_dgx1_fp32": ("fp32", {8: 2, 4: 4, 2: 8, 1: 16}),
+    "nvidia_base_dgx2_fp16": ("fp16", {16: 1, 8: 2, 4: 4, 2: 8, 1: 16}),
+    "nvidia_base_dgx2_fp32": ("fp32", {16: 1, 8: 2, 4: 4, 2: 8, 1: 16}),
+    "nvidia_base_dgxa100_fp16": ("fp16", {8: 1, 4: 2, 2: 4, 1: 8}),
+    "nvidia_base_dgxa100_tf32": ("tf32", {8: 1, 4: 2, 2: 4, 1: 8}),
+    "nvidia_large_dgx1_fp16": ("fp16", {8: 4, 4: 8, 2: 16, 1: 32}),
+    "nvidia_large_dgx1_fp32": ("fp32", {8: 8, 4: 16, 2: 32, 1: 64}),
+    "nvidia_large_dgx2_fp16": ("fp16", {16: 1, 8: 2, 4: 4, 2: 8, 1: 16}),
+    "nvidia_large_dgx2_fp32": ("fp32", {16: 1, 8: 2, 4: 4, 2: 8, 1: 16}),
+    "nvidia_large_dgxa100_fp16": ("fp16", {8: 1, 4: 2, 2: 4, 1: 8}),
+    "nvidia_large_dgxa100_tf32": ("tf32", {8: 2, 4: 4, 2: 8, 1: 16}),
+    "nvidia_multinode_dgx2_fp16": ("fp16", {128: 1, 64: 1, 32: 1, 16: 2}),
+    "nvidia_multinode_dgx2_fp32": ("fp32", {128: 1, 64: 1, 32: 2, 16: 4}),
+}
+
+
+@pytest.mark.parametrize("name", ENTRIES)
+def test_nvidias_entries_by_machine_have_its_batch_chunk_precision_and_recipe(name):
+    precision, chunks = ENTRIES[name]
+    of = {"base": "nvidia_base", "large": "nvidia_large", "multinode": "nvidia_large_multinode"}[name.split("_")[1]]
+    config, recipe, plain = CONFIGS[name], CONFIGS[name].recipe, CONFIGS[of].recipe
+    for gpus, chunk in chunks.items():
+        assert {len(recipe.batch.micro_batches(rank, gpus)) for rank in range(gpus)} == {chunk}
+    assert config.machines.count * config.machines.gpus_per_machine == max(chunks)
+    assert recipe.precision == precision
+    assert replace(recipe, precision="fp16", batch=replace(recipe.batch, micro_size=None)) == \
+           replace(plain, batch=replace(plain.batch, micro_size=None))
+
+
+@pytest.mark.parametrize(("name", "of"), [
+    ("nvidia_base_trainbench", "nvidia_base"), ("nvidia_large_trainbench", "nvidia_large"),
+    ("nvidia_multinode_trainbench", "nvidia_large_multinode")])
+def test_trainbench_is_the_beginning_of_its_recipe(name, of):
+    bench, recipe = CONFIGS[name].recipe, CONFIGS[of].recipe
+    assert (bench.stop.max_steps, bench.clock.log_interval) == (500, 1)
+    assert replace(bench, stop=recipe.stop, schedule=recipe.schedule, clock=recipe.clock) == recipe
+    for step in range(500):
+        lrs = [lr_at(x.schedule, .01, x.stop, step=step, tokens=step * 49152, tokens_after=(step + 1) * 49152)
+               for x in (bench, recipe)]
+        assert lrs[0] == lrs[1] > 0
 
 
 @pytest.mark.parametrize(("name", "size", "micro_size"), [
