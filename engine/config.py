@@ -181,7 +181,7 @@ class Clock:
             targets[f"{split} ppl {_shown(perplexity, '.3f')} (target: at most {self.target_perplexity:g})"] = (
                 perplexity is not None and perplexity <= self.target_perplexity)
         if self.target_tokens_per_s is not None:
-            targets[f"{_shown(tokens_per_s, ',.0f')} tokens/s (target: at least {self.target_tokens_per_s:,g})"] = (
+            targets[f"{_shown(tokens_per_s, ',.0f')} tokens/s (target: at least {self.target_tokens_per_s:,.10g})"] = (
                 tokens_per_s is not None and tokens_per_s >= self.target_tokens_per_s)
         return targets
 

@@ -78,7 +78,7 @@ def train(world: World, task: Task, recipe: Recipe, run: Run) -> Outcome:
     try:
         return training.until_the_end()
     except Diverged as error:
-        return training.found(str(error))
+        return training.found(str(error).partition(". ")[0])        # its advice is for a training
 
 
 class _Training:

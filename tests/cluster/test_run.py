@@ -125,3 +125,12 @@ def test_no_status_is_no_error(run_dir):
     assert read_status(run_dir) == {}
     (run_dir / "status.json").write_text("{")
     assert read_status(run_dir) == {}
+
+
+def test_weights_that_lie_under_others_must_be_there_too(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = override(tiny, "recipe.init_from=here", "recipe.init_under=runs/gone").recipe
+    (tmp_path / "here").mkdir()
+    with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
+        standing(Path("runs/x"), recipe)
+    assert recipe.inputs[-2:] == ("here", "runs/gone")

@@ -138,3 +138,45 @@ def test_plateau_replays_reduce_lr_on_plateau(patience, eta_min):
 
 def test_before_the_first_evaluation_plateau_is_at_its_peak():
     assert lrs(Schedule("plateau"), Stop(max_steps=9), 1) == [PEAK]
+
+
+@pytest.mark.parametrize("name", ["cosine", "plateau"])
+def test_the_lowest_rate_may_be_a_fraction_of_the_peak(name):
+    """cybertronai's lr / 10 and NVIDIA's min_lr_ratio: it follows a peak that follows the batch."""
+    stop, losses = Stop(max_steps=50), [1.0] * 40
+    for peak in (0.01, 0.5):
+        ratio, absolute = (Schedule(name, horizon_steps=30, **lowest)
+                           for lowest in ({"eta_min_ratio": 0.1}, {"eta_min": 0.1 * peak}))
+        for step in range(50):
+            at = {"step": step, "tokens": step, "tokens_after": step + 1, "valid_losses": losses}
+            assert lr_at(ratio, peak, stop, **at) == lr_at(absolute, peak, stop, **at) >= 0.1 * peak * (1 - 1e-12)
+        assert lr_at(ratio, peak, stop, **at) == pytest.approx(0.1 * peak)
+
+
+def test_two_ways_of_giving_the_lowest_rate_exclude_each_other():
+    with pytest.raises(ValueError, match="eta_min or eta_min_ratio, not both"):
+        Schedule(eta_min=0.1, eta_min_ratio=0.1)
+
+
+@pytest.mark.parametrize(("peak", "top"), [(0.01, 1.0), (5.0, 5.0)])
+@pytest.mark.parametrize("stop", [Stop(max_steps=100), Stop(max_tokens=3200)])
+def test_the_finder_rises_by_the_same_factor_each_step_from_a_thousandth_of_the_peak_to_one(peak, top, stop):
+    """Whatever warm-up and horizon the recipe has besides."""
+    schedule = Schedule("finder", warmup_steps=30, horizon_steps=1000)
+    rates = [lr_at(schedule, peak, stop, step=step, tokens=32 * step, tokens_after=32 * step + 32)
+             for step in range(101)]
+    assert rates[0] == pytest.approx(peak / 1000)
+    assert rates[100] == pytest.approx(top)
+    assert [b / a for a, b in pairwise(rates)] == pytest.approx([(1000 * top / peak) ** 0.01] * 100)
+
+
+@pytest.mark.parametrize("horizon", [{"horizon_steps": 40}, {"horizon_tokens": 40 * 64}])
+@pytest.mark.parametrize("warmup", [{"warmup_steps": 5}, {"warmup_tokens": 5 * 64}])
+@pytest.mark.parametrize("stop", [Stop(max_steps=60), Stop(max_tokens=10 * 64), Stop(max_steps=20, max_tokens=10 * 64)])
+def test_where_training_stops_does_not_move_a_curve_that_has_a_horizon(horizon, warmup, stop):
+    """In either unit: the cosine by its formula, whether the run ends before it is lowest or goes on behind it."""
+    schedule = Schedule("cosine", eta_min=0.02, **horizon, **warmup)
+    for step in range(60):
+        rate = lr_at(schedule, 1.0, stop, step=step, tokens=64 * step, tokens_after=64 * (step + 1))
+        fallen = min(1, max(0, step - 5) / 35)
+        assert rate == pytest.approx(min(1, (step + 1) / 5) * (0.02 + 0.98 * (1 + math.cos(math.pi * fallen)) / 2))

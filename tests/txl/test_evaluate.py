@@ -224,3 +224,57 @@ def test_a_recipe_that_is_not_there_starts_nothing(tmp_path, capsys):
     assert train_main([str(tmp_path / "typo" / "recipe.json")]) == 1
     assert "is not a recipe that can be read" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+def test_the_first_segments_of_one_stream_are_the_beginning_of_the_text(run, tmp_path, capsys):
+    """Read to there, or a text that ends there: the same loss."""
+    whole = json.loads(saved(run, tmp_path / "whole.json", capsys, "--streams=1", "--max_segments=3", "--tgt_len=7"))
+    corpus, recipe = load(read_recipe(run / "recipe.json").data), read_recipe(run / "recipe.json")
+    with world() as w:
+        trained = evaluate.restore(run, w)
+        begun = SimpleNamespace(splits={"test": corpus.splits["test"][:21]}, vocab=corpus.vocab)
+        score = evaluate.evaluate(trained.net, begun, "test", replace(recipe.eval_context, tgt_len=7), 1, w)
+    assert whole["test"]["tokens"] == score.tokens == 21
+    assert whole["test"]["loss"] == pytest.approx(score.loss)
+    assert "of each the first 3 segments alone" in whole["test"]["protocol"]
+
+
+def test_segments_that_only_warm_the_memory_are_not_among_the_first(run, tmp_path, capsys):
+    flags = ("--protocol=nvidia", "--streams=2", "--max_segments=2", "--tgt_len=7", "--mem_len=20")
+    assert json.loads(saved(run, tmp_path / "x.json", capsys, *flags))["test"]["tokens"] == 2 * 2 * 7
+
+
+def saved(run, path, capsys, *flags) -> str:
+    assert evaluate.main([f"--run={run}", f"--save={path}", *flags]) == 0
+    capsys.readouterr()
+    return path.read_text()
+
+
+def test_what_is_saved_is_what_is_said(run, tmp_path, capsys):
+    assert evaluate.main([f"--run={run}", f"--save={tmp_path / 'x.json'}", "--split=all", "--tgt_len=4"]) == 0
+    out, found = capsys.readouterr().out, json.loads((tmp_path / "x.json").read_text())
+    assert list(found) == ["valid", "test"]
+    for numbers, row in zip(found.values(), re.findall(r"^this model with memory +(\S+)", out, re.MULTILINE)):
+        assert f"{numbers['perplexity']:.2f}" == row
+        assert math.log(numbers["perplexity"]) == pytest.approx(numbers["loss"])
+        assert f": {numbers['tokens_per_s']:,.0f} tokens/s (" in out
+        assert len(numbers["segment_s"]) == -(-numbers["tokens"] // (3 * 4))
+
+
+@pytest.mark.parametrize(("goals", "status", "said"), [
+    (["--target_perplexity=1000"], 0, "reached: test ppl"),
+    (["--target_perplexity=1.01"], 3, "MISSED: test ppl"),
+    (["--target_perplexity=1000", "--target_tokens_per_s=1e9"], 3, "tokens/s (target: at least 1,000,000,000)"),
+])
+def test_a_missed_target_is_said_and_is_the_exit_status(run, goals, status, said, capsys):
+    assert evaluate.main([f"--run={run}", "--tgt_len=4", *goals]) == status
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags", [["--max_segments=0"], ["--streams=0"], ["--text=hello", "--save=x.json"],
+                                   ["--scan_mem_len=1,2", "--target_perplexity=3"]])
+def test_flags_that_make_no_sense_are_refused(run, flags, capsys):
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main([f"--run={run}", *flags])
+    assert ended.value.code == 2
+    assert "must be at least 1" in (err := capsys.readouterr().err) or "for the evaluation of a split" in err

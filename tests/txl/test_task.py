@@ -90,3 +90,15 @@ def test_the_test_is_measured_by_its_own_context():
     net = task.build()
     assert "tgt_len 3, mem_len 20, clamp_len 9, same_length" in task.evaluate(net, "test", ALONE).protocol
     assert "tgt_len 8, mem_len 8" in task.evaluate(net, "valid", ALONE).protocol
+
+
+def test_a_validation_may_be_of_the_first_segments_and_the_test_never_is():
+    recipe = replace(RECIPE, eval_max_segments=2)
+    task = TransformerXLTask(recipe, corpus())
+    net = task.build().eval()
+    with world() as w:
+        scores = {split: task.evaluate(net, split, w) for split in ("valid", "test")}
+    assert scores["valid"].tokens == 2 * recipe.eval_streams * recipe.eval_context.tgt_len
+    assert scores["test"].tokens == 97
+    assert "of each the first 2 segments alone" in scores["valid"].protocol
+    assert "alone" not in scores["test"].protocol
