@@ -145,8 +145,8 @@ class Outfit:
     def _missing(self) -> list[Path]:
         """Of the inputs, which node 0 makes: it has a way to where they are published."""
         recipe = self.plan.config.recipe
-        weights = (recipe.init_from, recipe.init_under)
-        missing = [path for path in self._inputs() if not path.exists() and str(path) not in weights]
+        others = *recipe.given, recipe.init_from, recipe.init_under
+        missing = [path for path in self._inputs() if not path.exists() and str(path) not in others]
         return missing if recipe.prepare else []  # weights to start from are no matter to a run that goes on
 
     def _prepare(self, missing: Sequence[Path], python: str) -> None:

@@ -173,6 +173,10 @@ def _beginning(standing: Standing, recipe: Recipe) -> Standing:
         if source is not None and not Path(source).exists():
             raise Refused(f"There is no checkpoint {source}. Give a run's folder (runs/NAME) or one of its "
                           f"checkpoints/step-*")
+    for path in recipe.given:
+        if not Path(path).exists():
+            raise Refused(f"There is no {path}, which the recipe names and nothing makes. Put it there, or name "
+                          f"another with --set")
     return standing
 
 

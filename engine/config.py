@@ -247,6 +247,11 @@ class Recipe:
         return ()
 
     @property
+    def given(self) -> tuple[str, ...]:
+        """Of those inputs what must be there before a run starts, since nothing makes it."""
+        return ()
+
+    @property
     def prepare(self) -> tuple[str, ...] | None:
         """Python's arguments that make those inputs which have a published origin, where they are absent.
 

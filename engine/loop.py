@@ -243,6 +243,8 @@ class _Training:
                                f"lower learning rate.")
             progress.valid_losses.append(score.loss)
             self._report("valid", score)
+            for name in self.task.eval_sets:
+                self._report(name, self._evaluate(name))
         return score.loss
 
     def _evaluate(self, split: str) -> Score:

@@ -62,6 +62,11 @@ class Task(Protocol):
         """More sizes worth a TensorBoard tag, sizes/NAME."""
         ...
 
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        """Further splits that every validation scores and reports by name; they choose no checkpoint."""
+        ...
+
     def build(self) -> nn.Module:
         """The model, initialised from torch's generator, on the CPU."""
         ...

@@ -1,4 +1,4 @@
-"""Ordered batches: a text cut into streams that go on from segment to segment, every token a target exactly once.
+"""Batches: a text cut into streams that go on from segment to segment, every token a target exactly once.
 
 B streams, T targets of a segment, E tokens re-read in front of them (extended context).
 """
@@ -30,6 +30,42 @@ class Segment:
         return Segment(tokens_BQ, targets_BT, tuple(rows))
 
 
+class Sentences:
+    """Where the sentences of a text end: after each `end`, and with the text. 4 bytes a sentence, of a text of less
+    than 4 G tokens; the tokens stay where they are."""
+
+    def __init__(self, tokens: np.ndarray, end: int):
+        kind = np.uint32 if len(tokens) < 1 << 32 else np.int64
+        block = 1 << 24
+        after = [(np.flatnonzero(tokens[first:first + block] == end) + (first + 1)).astype(kind)
+                 for first in range(0, len(tokens), block)]
+        if len(tokens) and tokens[-1] != end:
+            after.append(np.array([len(tokens)], kind))
+        self.tokens, self.ends = tokens, np.concatenate(after)
+
+    def shuffled(self, generator: np.random.Generator) -> Shuffled:
+        order = np.arange(len(self.ends), dtype=np.uint32)
+        generator.shuffle(order)
+        return Shuffled(self, order)
+
+
+class Shuffled:
+    """The text of which sentence order[i] is the i-th; indexed like the array of its tokens, which is never made."""
+
+    def __init__(self, sentences: Sentences, order: np.ndarray):
+        self._tokens, self._order, self._ends = sentences.tokens, order, sentences.ends
+        self._new_ends = np.diff(sentences.ends, prepend=sentences.ends.dtype.type(0))[order].cumsum(
+            dtype=sentences.ends.dtype)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def __getitem__(self, index: np.ndarray) -> np.ndarray:
+        at = np.searchsorted(self._new_ends, index, side="right")
+        to_end = self._new_ends[at].astype(np.int64) - index
+        return self._tokens[self._ends[self._order[at]].astype(np.int64) - to_end]
+
+
 class Streams:
     """`tokens` [V] as `count` contiguous streams that partition its targets; lengths differ by at most one.
 
@@ -38,18 +74,21 @@ class Streams:
     """
 
     def __init__(self, tokens: np.ndarray, start: int, count: int):
-        self.tokens, self.start, self.count = tokens, start, count
+        self.tokens: np.ndarray | Shuffled = tokens
+        self.start, self.count = start, count
         edges = np.arange(count + 1, dtype=np.int64) * len(tokens) // count
         self.begins, self.lengths = edges[:-1], np.diff(edges)
         self.shifts = np.zeros_like(self.begins)  # where in its text each stream begins; it ends before that
         self._borders: np.ndarray | None = None   # of segments, where they are not all of one length
 
-    def of_epoch(self, seed: int, epoch: int, *, roll: bool, varlen: int | None) -> Streams:
+    def of_epoch(self, seed: int, epoch: int, *, roll: bool, varlen: int | None,
+                 sentences: Sentences | None = None) -> Streams:
         """These streams in one epoch's own order, the same for all who have the seed.
 
         With `roll` (NVIDIA's) each begins at a random place and at its end goes on from its beginning. With `varlen`, a
         tgt_len (the original's), segments are of random lengths: for one in twenty half of that, for the others that,
-        normal around it with a deviation of 5, between 5 and tgt_len + 15.
+        normal around it with a deviation of 5, between 5 and tgt_len + 15. With `sentences`, which are the text's, all
+        of them are shuffled and follow one another in the streams (the original's for lm1b).
         """
         generator, own = np.random.default_rng((seed, epoch)), copy.copy(self)
         if roll:
@@ -60,6 +99,8 @@ class Streams:
             widths = np.clip(generator.normal(around, 5).astype(np.int64), 5, varlen + 15)
             ends = widths.cumsum()
             own._borders = np.array([0, *ends[ends < longest], longest])
+        if sentences is not None:
+            own.tokens = sentences.shuffled(generator)
         return own
 
     def segments(self, tgt_len: int) -> int:

@@ -5,13 +5,14 @@ Names are those of the paper (arXiv:1901.02860) and of its ancestors' options.
 from __future__ import annotations
 
 import itertools
+import re
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from engine import config as engine
 
 LEARNED = ("shaw", "learned")                     # attn_types with a table of positions
-Dataset = Literal["wt103", "wt2", "ptb", "enwik8", "text8", "lm1b", "stdlib", "text"]
+Dataset = Literal["wt103", "wt2", "ptb", "enwik8", "text8", "lm1b", "stdlib", "wiki", "git", "text"]
 
 
 @dataclass(frozen=True)
@@ -100,22 +101,46 @@ class Context:
 
 @dataclass(frozen=True)
 class Data:
-    """A text and how it becomes tokens. `dir` holds {train,valid,test}.txt; tokens are cached beside them."""
+    """A text and how it becomes tokens. `dir` holds {train,valid,test}.txt; tokens are cached beside them.
+
+    eval_sets are further texts, NAME=PATH, which every validation scores by their names; they choose no checkpoint.
+    """
     dataset: Dataset
     dir: str
-    vocab: Literal["word", "byte", "bpe"] = "word"
+    vocab: Literal["word", "char", "byte", "bpe"] = "word"
     n_token: int | None = None                    # what the vocabulary must hold: checked; for bpe, made so large
     bpe_files: str | None = None                  # a folder with encoder.json and vocab.bpe (GPT-2's) instead
     word_list: str | None = None                  # a file of the words in the order of their ids, rather than counted
     lower_case: bool = False
-    min_freq: int = 0                             # words rarer than this become <unk>
-    max_size: int | None = None                   # only the most frequent words; the rest become <unk>
+    min_freq: int = 0                             # words rarer than this become <unk>; characters U+FFFD
+    max_size: int | None = None                   # only the most frequent words or characters; the rest become that
+    eval_sets: tuple[str, ...] = ()
 
     def __post_init__(self):
+        counted = [name for name in ("lower_case", "min_freq", "max_size") if getattr(self, name)]
+        if counted and self.vocab in ("byte", "bpe"):
+            raise ValueError(f"{' and '.join(counted)} is for a word or char vocabulary, and this one is {self.vocab}")
+        names = [text.partition("=")[0] for text in self.eval_sets]
+        for text, name in zip(self.eval_sets, names):
+            if not re.fullmatch(r"[A-Za-z][\w.-]*=.+", text) or name in ("train", "valid", "test", "all"):
+                raise ValueError(f"an evaluation set is NAME=PATH, where NAME begins with a letter and is not train, "
+                                 f"valid, test or all, unlike {text!r}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"evaluation sets need different names: {', '.join(names)}")
         if self.vocab == "bpe" and self.n_token is None:
             raise ValueError("a bpe vocabulary needs n_token, its size")
         if self.vocab == "byte" and self.n_token not in (None, 256):
             raise ValueError("a byte vocabulary has exactly 256 tokens")
+
+    @property
+    def eval_paths(self) -> dict[str, str]:
+        """The further texts by their names."""
+        return {name: path for name, _, path in (text.partition("=") for text in self.eval_sets)}
+
+    @property
+    def end_of_line(self) -> str:
+        """What ends a line where tokens are words: the One Billion Word Benchmark's has a name of its own."""
+        return "<S>" if self.dataset == "lm1b" else "<eos>"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +156,7 @@ class Recipe(engine.Recipe):
     eval_max_segments: int | None = None          # a validation while training reads so many of each; None: all
     roll: bool = False                            # each epoch each stream begins at another place (NVIDIA's)
     varlen: bool = False                          # training segments of random lengths around tgt_len (the original's)
+    shuffle_sentences: bool = False               # each epoch the lines of the text come in an order of its own (lm1b)
 
     freeze_below: int = 0                         # layers, from the input on, that stay as they are
 
@@ -148,6 +174,9 @@ class Recipe(engine.Recipe):
             raise ValueError(f"freeze_below is {self.freeze_below}, and there are {self.model.n_layer} layers")
         if min(self.eval_streams, 1 if self.eval_max_segments is None else self.eval_max_segments) < 1:
             raise ValueError("eval_streams and eval_max_segments must be at least 1")
+        if self.shuffle_sentences and self.data.vocab == "bpe":
+            raise ValueError("shuffle_sentences needs a token that ends a line, which byte pairs have not: use the "
+                             "word, char or byte vocabulary")
         if self.data.n_token is not None and self.model.cutoffs and self.model.cutoffs[-1] >= self.data.n_token:
             raise ValueError(f"the last cutoff {self.model.cutoffs[-1]} must be below the {self.data.n_token} tokens "
                              f"of the vocabulary")
@@ -167,15 +196,23 @@ class Recipe(engine.Recipe):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """The text's folder with the tokens below it, the vocabulary's files, the runs that training starts from."""
-        files = {"bpe": self.data.bpe_files, "word": self.data.word_list}.get(self.data.vocab)
-        return tuple(path for path in (self.data.dir, files, self.init_from, self.init_under) if path is not None)
+        """The text's folder with the tokens below it, the vocabulary's files, further texts to evaluate on, the runs
+        that training starts from."""
+        byte_pairs = (self.data.bpe_files,) if self.data.vocab == "bpe" and self.data.bpe_files is not None else ()
+        weights = (path for path in (self.init_from, self.init_under) if path is not None)
+        return self.data.dir, *byte_pairs, *self.given, *weights
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        words = (self.data.word_list,) if self.data.vocab == "word" and self.data.word_list is not None else ()
+        return *words, *self.data.eval_paths.values()
 
     @property
     def prepare(self) -> tuple[str, ...] | None:
-        if self.data.dataset == "text":
+        if self.data.dataset in ("wiki", "git", "text"):
             return None
-        return "-m", "txl.data", *(f"--{name}={value}" for name, value in vars(self.data).items() if value)
+        return "-m", "txl.data", *(f"--{name}={value}" for name, value in vars(self.data).items()
+                                   if value and name != "eval_sets")
 
 
 def n_params(model: Model, n_token: int) -> int:

@@ -237,7 +237,7 @@ def _given(vocab: dict[str, Any], path: Path, n_token: int, recipe: Recipe) -> s
     """Writes the words, one a line; the hash of what that means here."""
     words = [str(word) for word in vocab["idx2sym"]] if isinstance(vocab["idx2sym"], list) else []
     path.write_text("\n".join(words) + "\n", encoding="utf-8", newline="\n")
-    closed = WordVocab.closed(path, double=recipe.data.dataset == "lm1b")
+    closed = WordVocab.closed(path, end=recipe.data.end_of_line)
     if closed.size != n_token or closed.content().split("\n") != words:
         raise Unconvertible(f"The vocabulary of {len(words):,} words is not one of {n_token:,} different words without "
                             f"spaces, for which the weights are")

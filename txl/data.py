@@ -3,6 +3,8 @@
     python -m txl.data --dataset=stdlib              # the standard library's source code: nothing to download
     python -m txl.data --dataset=wt103               # downloads 190 MB to data/wikitext-103
     python -m txl.data --dataset=wt103 --dir=/mnt/wt103 --vocab=bpe --n_token=16384
+    python -m txl.data --dataset=git --source=~/src  # the source code in a folder, as data/git
+    python -m txl.data --dataset=wiki --source=extracted             # Wikipedia, as wikiextractor leaves it
     python -m txl.data --dataset=gpt2                # GPT-2's byte pairs: --set recipe.data.bpe_files=data/gpt2
     python -m txl.data --dataset=wt103 --bpe_files=data/gpt2         # both, and the text as GPT-2's byte pairs
 
@@ -21,7 +23,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +33,12 @@ from engine.cli import flag, parse
 from engine.values import BadValue, from_json
 from txl import options
 from txl.config import Data, Dataset
-from txl.datasets import FOLDERS, SOURCES, SPLITS, DataError, fetch, write_stdlib
-from txl.vocab import BpeVocab, ByteVocab, Vocab, WordVocab
+from txl.datasets import FOLDERS, LM1B_HELD_OUT, LM1B_SHARDS, SOURCES, SPLITS, DataError, fetch
+from txl.folders import FROM_FOLDERS, write_stdlib, write_texts
+from txl.vocab import BpeVocab, ByteVocab, CharVocab, Vocab, WordVocab
 from txl.vocab import load as load_vocab
 
-__all__ = ["Corpus", "DataError", "Flags", "load", "main", "prepare"]
+__all__ = ["Corpus", "DataError", "Flags", "load", "main", "prepare", "with_eval_sets"]
 
 VERSION = 1                                       # raised when the same text and options come to give other tokens
 log = logging.getLogger(__name__)
@@ -43,7 +46,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Corpus:
-    """Prepared tokens: one read-only memory map a split, of uint16 where the vocabulary allows, else of int32."""
+    """Prepared tokens: one read-only memory map a split, of uint16 where the vocabulary allows, else of int32.
+
+    Evaluation sets are splits too, once `with_eval_sets` has brought them.
+    """
     dir: Path
     vocab: Vocab
     splits: dict[str, np.ndarray]
@@ -56,17 +62,46 @@ class Corpus:
     @property
     def fingerprint(self) -> str:
         """Equal for corpora of equal tokens: the name of the texts and options, what tokens mean, and how many."""
-        counts = ", ".join(f"{len(ids):,} of {split}" for split, ids in self.splits.items())
+        counts = ", ".join(f"{len(ids):,} of {split}" + (f" ({hashlib.sha256(ids.tobytes()).hexdigest()[:16]})"
+                                                         if split not in SPLITS else "")
+                           for split, ids in self.splits.items())
         return f"{counts} (text {self.dir.name}, vocabulary {self.vocab.hash[:16]})"
 
 
 def load(data: Data | Path) -> Corpus:
-    """The tokens of a data set, prepared first where that is due, or those in a folder that `prepare` returned."""
+    """The tokens of a data set, prepared first where that is due, or those in a folder that `prepare` returned.
+
+    Raises DataError.
+    """
     folder = data if isinstance(data, Path) else prepare(data)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    return Corpus(folder, load_vocab(folder),
-                  {split: np.memmap(folder / f"{split}.bin", manifest["dtype"], "r") for split in SPLITS},
-                  {split: manifest["inputs"][split]["size"] for split in SPLITS})
+    manifest, vocab = json.loads((folder / "manifest.json").read_text()), load_vocab(folder)
+    splits: dict[str, np.ndarray] = {
+        split: np.memmap(folder / f"{split}.bin", manifest["dtype"], "r") for split in SPLITS}
+    for split, ids in splits.items():
+        if not 0 <= ids.min() <= ids.max() < vocab.size:
+            raise DataError(f"{folder / split}.bin is damaged: it has a token that is none of the {vocab.size:,} in "
+                            f"the vocabulary. Delete {folder} and run the same command again: the text is encoded anew")
+    sizes = {split: sum(x["size"] for name, x in manifest["inputs"].items() if _split_of(name) == split)
+             for split in SPLITS}
+    return Corpus(folder, vocab, splits, sizes)
+
+
+def with_eval_sets(corpus: Corpus, data: Data) -> Corpus:
+    """The corpus with the further texts that `data` names as splits, in memory. Raises DataError."""
+    splits, n_bytes = dict(corpus.splits), dict(corpus.n_bytes)
+    for name, text in data.eval_paths.items():
+        path = Path(text)
+        try:
+            n_bytes[name] = path.stat().st_size
+            pieces = list(corpus.vocab.encode_file(path))
+        except OSError as error:
+            raise DataError(f"The evaluation set {name} cannot be read: {error}. Put its text at {path}, or change "
+                            f"--set recipe.data.eval_sets=NAME=PATH") from error
+        if not n_bytes[name]:
+            raise DataError(f"{path}, the evaluation set {name}, is empty. Put its text there, or leave it out of "
+                            f"recipe.data.eval_sets")
+        splits[name] = np.concatenate(pieces).astype(corpus.splits["train"].dtype)
+    return replace(corpus, splits=splits, n_bytes=n_bytes)
 
 
 def prepare(data: Data) -> Path:
@@ -105,6 +140,8 @@ def main(argv: list[str]) -> int:
                     fetch("gpt2", Path(data.bpe_files))
                 if data.dataset in SOURCES and _missing(data):
                     fetch(data.dataset, folder)
+                if flags.source is not None:
+                    print(_from_source(data, Path(flags.source).expanduser()))
                 print(_table(load(data)))
     except (DataError, BadValue) as error:
         print(error, file=sys.stderr)
@@ -119,7 +156,8 @@ def main(argv: list[str]) -> int:
 class Flags:
     dataset: Literal[Dataset, "gpt2"] = flag("which text; gpt2: GPT-2's byte pairs")
     dir: str | None = flag("its folder, rather than the usual one under data/", default=None)
-    vocab: Literal["word", "byte", "bpe"] | None = flag("rather than the usual one", default=None)
+    source: str | None = flag("of wiki and git: the folder of files to make the texts of", default=None)
+    vocab: Literal["word", "char", "byte", "bpe"] | None = flag("rather than the usual one", default=None)
     n_token: int | None = flag("vocabulary size: made for bpe, 2048 unless given; else checked", default=None)
     bpe_files: str | None = flag("folder of GPT-2's byte pairs, to use them for bpe", default=None)
     word_list: str | None = flag("a file of the words in the order of their ids, rather than counted", default=None)
@@ -129,12 +167,25 @@ class Flags:
 
 
 def _usual(flags: Flags, folder: Path) -> Data:
-    usual = {"enwik8": "byte", "text8": "byte", "stdlib": "bpe"}.get(flags.dataset, "word")
+    usual = {"enwik8": "byte", "text8": "byte", "stdlib": "bpe", "wiki": "bpe", "git": "bpe"}.get(flags.dataset, "word")
     vocab = flags.vocab or ("bpe" if flags.bpe_files else usual)
     n_token = flags.n_token
     if n_token is None and vocab == "bpe":
         n_token = 50257 if flags.bpe_files else 2048
-    return from_json(Data, vars(flags) | {"dir": str(folder), "vocab": vocab, "n_token": n_token})
+    if flags.source is not None and flags.dataset not in FROM_FOLDERS:
+        raise BadValue(f"--source is for {' and '.join(FROM_FOLDERS)}, which are made of a folder's files, not for "
+                       f"{flags.dataset}")
+    given = {name: x for name, x in vars(flags).items() if name != "source"}
+    return from_json(Data, given | {"dir": str(folder), "vocab": vocab, "n_token": n_token})
+
+
+def _from_source(data: Data, source: Path) -> str:
+    """Makes the texts of the files in `source`, unless they are there; what was done, in words."""
+    folder = Path(data.dir)
+    if _texts(data):
+        return (f"{folder} has texts already, so {source} was not read. To make them anew, delete "
+                f"{', '.join(str(path) for paths in _texts(data).values() for path in paths)}")
+    return write_texts(data.dataset, source, folder)
 
 
 def _table(corpus: Corpus) -> str:
@@ -143,12 +194,18 @@ def _table(corpus: Corpus) -> str:
     return "\n".join([*lines, f"{corpus.n_token:,} tokens in the {corpus.vocab.kind} vocabulary; all in {corpus.dir}"])
 
 
-def _texts(data: Data) -> dict[str, Path]:
-    """The splits' texts, those that exist, under the names they have here or had in WikiText."""
+def _texts(data: Data) -> dict[str, tuple[Path, ...]]:
+    """The files of each split that is there, under the names they have here, had in WikiText, or have in lm1b."""
     folder = Path(data.dir)
     there = {entry.name for entry in os.scandir(folder)} if folder.exists() else set()
-    return {split: folder / name for split in SPLITS
-            for name in (f"wiki.{split}.tokens", f"{split}.txt") if name in there}
+    found: dict[str, tuple[Path, ...]] = {
+        split: (folder / name,) for split in SPLITS
+        for name in (f"wiki.{split}.tokens", f"{split}.txt") if name in there}
+    if data.dataset == "lm1b":
+        theirs = {"train": LM1B_SHARDS, "valid": (LM1B_HELD_OUT,), "test": (LM1B_HELD_OUT,)}
+        found = {split: tuple(folder / name for name in names) for split, names in theirs.items()
+                 if all((folder / name).exists() for name in names)} | found
+    return found
 
 
 def _missing(data: Data) -> str:
@@ -157,14 +214,18 @@ def _missing(data: Data) -> str:
     if not lacking:
         return ""
     where = "" if data.dir == FOLDERS.get(data.dataset) else f" --dir={data.dir}"
-    remedy = (f"Get them with: python -m txl.data --dataset={data.dataset}{where}" if data.dataset in FOLDERS else
+    command = f"python -m txl.data --dataset={data.dataset}{where}"
+    remedy = (f"Make them of a folder's files with: {command} --source=FOLDER" if data.dataset in FROM_FOLDERS else
+              f"Get them with: {command}" if data.dataset in FOLDERS else
               "Put them there, or name their folder with --set recipe.data.dir=FOLDER")
-    return f"{data.dir} lacks {', '.join(lacking)} (or, by their old names, wiki.SPLIT.tokens). {remedy}"
+    others = "the benchmark's folders, whole" if data.dataset == "lm1b" else "by their old names, wiki.SPLIT.tokens"
+    return f"{data.dir} lacks {', '.join(lacking)} (or, {others}). {remedy}"
 
 
 def _inputs(data: Data) -> dict[str, Path]:
     """Every file that the tokens depend on and that exists."""
-    inputs = _texts(data)
+    inputs = {f"{split}/{path.name}" if len(paths) > 1 else split: path
+              for split, paths in _texts(data).items() for path in paths}
     closed = Path(data.word_list or Path(data.dir) / "1b_word_vocab.txt")
     if data.vocab == "word" and (data.word_list or (data.dataset == "lm1b" and closed.exists())):
         inputs["closed"] = closed
@@ -182,9 +243,10 @@ def _options(data: Data) -> dict[str, Any]:
         return {"vocab": "byte"}
     if data.vocab == "bpe":
         return {"vocab": "bpe", "n_token": None if data.bpe_files is not None else data.n_token}
-    return {"vocab": "word", "double": data.dataset == "lm1b", "lower_case": data.lower_case or data.dataset == "ptb",
-            "min_freq": data.min_freq, "max_size": data.max_size,
-            "counted": list(SPLITS if data.dataset in ("ptb", "wt2", "enwik8", "text8") else SPLITS[:1])}
+    counted = SPLITS if data.vocab == "char" or data.dataset in ("ptb", "wt2", "enwik8", "text8") else SPLITS[:1]
+    rules = {"lower_case": data.lower_case or data.dataset == "ptb", "min_freq": data.min_freq,
+             "max_size": data.max_size, "counted": list(counted)}
+    return {"vocab": data.vocab} | rules | ({"end": data.end_of_line} if data.vocab == "word" else {})
 
 
 def _prepared(data: Data) -> Path | None:
@@ -194,7 +256,8 @@ def _prepared(data: Data) -> Path | None:
     for folder in sorted(folders, key=lambda f: (f / "manifest.json").stat().st_mtime_ns, reverse=True):
         manifest = _manifest(folder)
         if manifest is not None and (manifest["version"], manifest["options"]) == (VERSION, _options(data)):
-            then = {name: x["stat"] for name, x in manifest["inputs"].items() if name in now or name not in SPLITS}
+            then = {name: x["stat"] for name, x in manifest["inputs"].items()
+                    if name in now or _split_of(name) not in SPLITS}
             if then == now:
                 return folder
     return None
@@ -206,7 +269,7 @@ def _manifest(folder: Path) -> dict[str, Any] | None:
         manifest = json.loads((folder / "manifest.json").read_text())
         whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
         return manifest if whole else None
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError, AttributeError):       # also one that is not a manifest
         return None
 
 
@@ -247,10 +310,11 @@ def _write_tokens(data: Data, inputs: dict[str, Path], folder: Path) -> dict[str
     vocab.save(folder)
     dtype = np.dtype(np.uint16 if vocab.size <= 1 << 16 else np.int32)
     for split in SPLITS:
-        log.info("Encoding %s", inputs[split])
         with open(folder / f"{split}.bin", "wb") as out:
-            for ids in vocab.encode_file(inputs[split]):
-                out.write(ids.astype(dtype).tobytes())
+            for path in _files_of(split, inputs):
+                log.info("Encoding %s", path)
+                for ids in vocab.encode_file(path):
+                    out.write(ids.astype(dtype).tobytes())
             out.flush()
             os.fsync(out.fileno())
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
@@ -263,13 +327,27 @@ def _make_vocab(data: Data, inputs: dict[str, Path]) -> Vocab:
     if data.vocab == "byte":
         return ByteVocab.make()
     if data.vocab == "bpe":
-        return (BpeVocab.train(inputs["train"], options["n_token"]) if data.bpe_files is None else
+        return (BpeVocab.train(_files_of("train", inputs), options["n_token"]) if data.bpe_files is None else
                 BpeVocab.from_files(Path(data.bpe_files)))
-    rules = {name: options[name] for name in ("double", "lower_case")}
+    lower_case, end = options["lower_case"], data.end_of_line
     if "closed" in inputs:
-        return WordVocab.closed(inputs["closed"], **rules)
-    return WordVocab.count([inputs[split] for split in options["counted"]], **rules,
-                           min_freq=data.min_freq, max_size=data.max_size)
+        if data.min_freq or data.max_size is not None:
+            raise DataError(f"{inputs['closed']} is the list of the words, so recipe.data.min_freq and max_size choose "
+                            f"none: leave them out")
+        return WordVocab.closed(inputs["closed"], lower_case=lower_case, end=end)
+    counted = [path for split in options["counted"] for path in _files_of(split, inputs)]
+    if data.vocab == "char":
+        return CharVocab.count(counted, lower_case=lower_case, min_freq=data.min_freq, max_size=data.max_size)
+    return WordVocab.count(counted, lower_case=lower_case, end=end, min_freq=data.min_freq, max_size=data.max_size)
+
+
+def _split_of(name: str) -> str:
+    """Whose text an input is; of one that is no text, its name."""
+    return name.partition("/")[0]
+
+
+def _files_of(split: str, inputs: dict[str, Path]) -> list[Path]:
+    return [path for name, path in inputs.items() if _split_of(name) == split]
 
 
 def _check_size(data: Data, size: int) -> None:

@@ -1,4 +1,4 @@
-"""Where texts come from: public data sets, downloaded and checked, and one that every Python brings along.
+"""Where texts come from: public data sets, downloaded and checked. Of files of one's own: txl/folders.py.
 
 Numbers and digests were each found in at least two public places, named beside them. Standard library only.
 """
@@ -10,13 +10,12 @@ import http.client
 import re
 import shutil
 import sys
-import sysconfig
 import tarfile
 import tempfile
 import time
 import urllib.request
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -24,6 +23,9 @@ from typing import IO
 
 SPLITS = ("train", "valid", "test")
 TEXTS = tuple(f"{split}.txt" for split in SPLITS)
+# The One Billion Word Benchmark as its archive has it. Of the hundred shards the first is held out, in fifty pieces.
+LM1B_SHARDS = tuple(f"training-monolingual.tokenized.shuffled/news.en-{i:05}-of-00100" for i in range(1, 100))
+LM1B_HELD_OUT = "heldout-monolingual.tokenized.shuffled/news.en.heldout-00000-of-00050"
 
 
 class DataError(ValueError):
@@ -76,55 +78,27 @@ def fetch(name: str, folder: Path) -> None:
         if len(there) == len(file.gives):
             continue
         if there:
-            raise DataError(f"{folder} has {', '.join(there)} already, but not all of {', '.join(file.gives)}. To get "
-                            f"the public text, move what is there away; nothing was changed")
+            raise DataError(f"{folder} has {brief(there)} already, but not all of {brief(file.gives)}. To get the "
+                            f"public text, move what is there away; nothing was changed")
         path = download(file, folder)
         if file.unpack is not None:
-            _install(partial(file.unpack, path), file.gives, folder)
+            install(partial(file.unpack, path), file.gives, folder)
             path.unlink()
 
 
-def write_stdlib(folder: Path) -> None:
-    """Writes the standard library's own source code, that of the running Python, as train, valid and test.txt.
-
-    Real text without a download: every machine that can run this has it. It is preferred to pydoc's topics for being
-    ten times larger, and because identifiers recur over long distances, which is what a memory is for. Files are
-    whole, each under a line that names it, in the order of the SHA-256 of their names, which also decides their
-    split: one in twenty is valid, one in twenty test. So the text is the same wherever the Python is.
-    """
-    _install(_write_stdlib, TEXTS, folder)
-
-
-def stdlib_files(root: Path) -> dict[str, list[Path]]:
-    """The files of each split, in order. Tests, tools with a life of their own, and machine-made tables stay out."""
-    splits: dict[str, list[tuple[str, Path]]] = {split: [] for split in SPLITS}
-    for path in root.rglob("*.py"):
-        name = path.relative_to(root)
-        if (_LEFT_OUT.isdisjoint(name.parts) and name.as_posix() not in _TABLES and not path.is_symlink()
-                and not name.name.startswith("_sysconfigdata") and path.stat().st_size):
-            digest = hashlib.sha256(name.as_posix().encode()).hexdigest()
-            splits[{0: "valid", 1: "test"}.get(int(digest[:8], 16) % 20, "train")].append((digest, path))
-    return {split: [path for _, path in sorted(files)] for split, files in splits.items()}
+def install(write: Callable[[Path], None], names: tuple[str, ...], folder: Path) -> None:
+    """Has `names` written in a temporary folder beside, then moves them into place."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as temporary:
+        write(Path(temporary))
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (Path(temporary) / name).replace(folder / name)
 
 
-_LEFT_OUT = {"test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "__pycache__", "turtledemo",
-             "ensurepip", "encodings", "pydoc_data"}
-_TABLES = {"html/entities.py", "re/_casefix.py", "stringprep.py"}
-
-
-def _write_stdlib(folder: Path) -> None:
-    root = Path(sysconfig.get_path("stdlib"))
-    for split, paths in stdlib_files(root).items():
-        with open(folder / f"{split}.txt", "w", encoding="utf-8", newline="\n") as out:
-            for path in paths:
-                try:
-                    source = path.read_text(encoding="utf-8")
-                except UnicodeDecodeError:                      # a few carry another coding
-                    continue
-                out.write(f"# Lib/{path.relative_to(root).as_posix()}\n{source.rstrip()}\n\n")
-        if not (folder / f"{split}.txt").stat().st_size:
-            raise DataError(f"This Python has no source code in {root}. Use one that has (any from python.org, "
-                            f"Debian or conda), or another data set")
+def brief(names: Sequence[str]) -> str:
+    """A few of them, and how many more."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _get(url: str, part: Path, size: int | None) -> None:
@@ -213,15 +187,6 @@ def _checked(path: Path, file: File) -> Path:
     raise DataError(message)
 
 
-def _install(write: Callable[[Path], None], names: tuple[str, ...], folder: Path) -> None:
-    """Has `names` written in a temporary folder beside, then moves them into place."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".unpack-") as temporary:
-        write(Path(temporary))
-        for name in names:
-            (Path(temporary) / name).replace(folder / name)
-
-
 def _members(archive: Path) -> Iterator[tuple[str, IO[bytes]]]:
     """Each file of a zip or tar, in its order: name, stream. Raises DataError at a name that points outside."""
     try:
@@ -271,20 +236,15 @@ def _unpack_cut(member: str, archive: Path, folder: Path) -> None:
 
 
 def _unpack_lm1b(archive: Path, folder: Path) -> None:
-    """The 99 training shards in the order of their names; valid and test are both the first held-out shard."""
+    """The 99 training shards, and of the held-out one the first piece, which is valid and test both."""
+    wanted = {*LM1B_SHARDS, LM1B_HELD_OUT}
     for name, stream in _members(archive):
-        if match := re.search(r"/(news\.en-\d{5}-of-00100|news\.en\.heldout-00000-of-00050)$", name):
-            with open(folder / match[1], "wb") as out:
+        if (file := "/".join(PurePosixPath(name).parts[-2:])) in wanted:
+            (folder / file).parent.mkdir(exist_ok=True)
+            with open(folder / file, "wb") as out:
                 shutil.copyfileobj(stream, out, 1 << 20)
-    shards, held_out = sorted(folder.glob("news.en-*")), folder / "news.en.heldout-00000-of-00050"
-    _all_found(len(shards) == 99 and held_out.exists(), archive, "99 training shards and the first held-out one")
-    with open(folder / "train.txt", "wb") as out:
-        for shard in shards:
-            with open(shard, "rb") as f:
-                shutil.copyfileobj(f, out, 1 << 20)
-            shard.unlink()
-    shutil.copy(held_out, folder / "valid.txt")
-    held_out.rename(folder / "test.txt")
+            wanted.remove(file)
+    _all_found(not wanted, archive, "99 training shards and the first piece of the held-out one")
 
 
 def _all_found(found: bool, archive: Path, what: str) -> None:
@@ -298,7 +258,8 @@ _OPENAI = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main"
 _WIKITEXT = partial(_unpack_splits, r"/wiki\.(train|valid|test)\.tokens$")
 
 FOLDERS = {"wt103": "data/wikitext-103", "wt2": "data/wikitext-2", "ptb": "data/penn", "enwik8": "data/enwik8",
-           "text8": "data/text8", "lm1b": "data/one-billion-words", "stdlib": "data/stdlib", "gpt2": "data/gpt2"}
+           "text8": "data/text8", "lm1b": "data/one-billion-words", "stdlib": "data/stdlib", "wiki": "data/wiki",
+           "git": "data/git", "gpt2": "data/gpt2"}
 
 SOURCES: dict[str, tuple[File, ...]] = {
     # huggingface/datasets dataset_infos.json; the loaders that pin the MD5 (torchtext: 9ddaacaf..., 542ccefa...) and
@@ -324,7 +285,7 @@ SOURCES: dict[str, tuple[File, ...]] = {
     # blob's name in the repository that publishes it
     "lm1b": (File(("http://www.statmt.org/lm-benchmark/1-billion-word-language-modeling-benchmark-r13output.tar.gz",),
                   "sha256:01ba60381110baf7f189dfd2b8374de371e8c9a340835793f190bdae9e90a34e", 1_792_209_805,
-                  _unpack_lm1b),
+                  _unpack_lm1b, (*LM1B_SHARDS, LM1B_HELD_OUT)),
              File(("https://github.com/rafaljozefowicz/lm/raw/master/1b_word_vocab.txt",),
                   "git:249020af8359cef6aff5ce083bad42bc7cce0715", gives=("1b_word_vocab.txt",))),
     # openai/tiktoken, tiktoken_ext/openai_public.py

@@ -30,12 +30,13 @@ from engine.cli import flag, misuse, parse
 from engine.config import Clock
 from engine.precision import precision_for
 from engine.task import Score
-from engine.values import BadValue, override
+from engine.values import BadValue, nearest, override
 from engine.world import World, world
 from txl import options
 from txl.batches import Streams
 from txl.config import Context, Recipe
-from txl.data import DataError
+from txl.data import DataError, with_eval_sets
+from txl.datasets import SPLITS
 from txl.model import Memory, TransformerXL
 from txl.protocol import STREAMS, Protocol
 from txl.task import evaluate
@@ -48,7 +49,7 @@ MISSED = 3                                        # exit status: measured, but a
 @dataclass(frozen=True)
 class Flags:
     run: str = flag("folder of the run, or of one of its checkpoints; of a run the best is taken")
-    split: Literal["test", "valid", "train", "all"] = flag("which text; all: valid and test", default="test")
+    split: str = flag("test, valid, train, or an evaluation set by its name; all: all but train", default="test")
     tgt_len: int | None = flag("tokens predicted at a time; unless given, the recipe's for the split", default=None)
     mem_len: int | None = flag("tokens remembered", default=None)
     clamp_len: int | None = flag("cap of the distance that positions express", default=None)
@@ -105,8 +106,8 @@ def table(trained: Trained, split: str, how: How, measured: tuple[Score, list[fl
     rows = [("a unigram model", unigram), ("this model without memory", without.loss),
             ("this model with memory", with_memory.loss)]
     n_words = count_words(corpus.vocab, text)
-    lines = [f"{split} of {trained.recipe.data.dir}, {with_memory.tokens:,} tokens of a vocabulary of "
-             f"{corpus.n_token:,}",
+    lines = [f"{_named(trained, split)}, {with_memory.tokens:,} tokens of a vocabulary of {corpus.n_token:,} "
+             f"{corpus.vocab.unit}",
              f"{'':<28}{'perplexity':>12}{'of unigram':>12}{'per word':>12}{'bits per byte':>15}"]
     lines += [f"{name:<28}{math.exp(loss):>12.2f}{math.exp(loss - unigram):>12.1%}"
               f"{_exp(loss * len(text) / n_words):>12}{loss / math.log(2) * len(text) / corpus.n_bytes[split]:>15.3f}"
@@ -121,7 +122,8 @@ def scan(trained: Trained, split: str, how: How, mem_lens: tuple[int, ...], w: W
     per_word, per_byte = len(text) / count_words(corpus.vocab, text), len(text) / corpus.n_bytes[split]
     scores = [(mem_len, *measure(trained, split, replace(how, context=replace(how.context, mem_len=mem_len)), w))
               for mem_len in mem_lens]
-    lines = [f"{split} of {trained.recipe.data.dir} by mem_len, weights of step {trained.checkpoint.step}",
+    lines = [f"{_named(trained, split)} by mem_len, in a vocabulary of {corpus.n_token:,} {corpus.vocab.unit}; weights "
+             f"of step {trained.checkpoint.step}",
              f"{'mem_len':>7}{'perplexity':>12}{'per word':>12}{'bits per byte':>15}{'ms a segment':>14}  protocol"]
     lines += [f"{mem_len:>7}{math.exp(score.loss):>12.2f}{_exp(score.loss * per_word):>12}"
               f"{score.loss / math.log(2) * per_byte:>15.3f}{1000 * float(np.median(seconds)):>14.2f}  {score.protocol}"
@@ -213,9 +215,15 @@ def _report(trained: Trained, flags: Flags, w: World) -> tuple[str, bool]:
         text = sys.stdin.read() if flags.text == "-" else flags.text
         return text_table(trained, text, _context(trained.recipe, flags, "test")), True
     streams = flags.streams or STREAMS.get(flags.protocol, trained.recipe.eval_streams)
+    further = tuple(trained.recipe.data.eval_paths)
+    if flags.split not in (known := (*SPLITS, *further, "all")):
+        raise BadValue(f"--split={flags.split} is none of the run's texts: {', '.join(known)}."
+                       f"{nearest(flags.split, known)}")
+    if flags.split == "all" or flags.split in further:
+        trained = replace(trained, corpus=with_eval_sets(trained.corpus, trained.recipe.data))
     reports, saved, reached = [], {}, True
     goals = Clock(target_perplexity=flags.target_perplexity, target_tokens_per_s=flags.target_tokens_per_s)
-    for split in ("valid", "test") if flags.split == "all" else (flags.split,):
+    for split in ("valid", "test", *further) if flags.split == "all" else (flags.split,):
         how = How(_context(trained.recipe, flags, split), streams, flags.protocol, flags.max_segments)
         if flags.scan_mem_len:
             reports.append(scan(trained, split, how, flags.scan_mem_len, w))
@@ -233,6 +241,12 @@ def _report(trained: Trained, flags: Flags, w: World) -> tuple[str, bool]:
     if flags.save and w.leads:
         Path(flags.save).write_text(json.dumps(saved, indent=1) + "\n")
     return "\n\n".join(reports), reached
+
+
+def _named(trained: Trained, split: str) -> str:
+    """A split in words, or an evaluation set."""
+    path = trained.recipe.data.eval_paths.get(split)
+    return f"{split} of {trained.recipe.data.dir}" if path is None else f"{split}, {path}"
 
 
 def _context(recipe: Recipe, flags: Flags, split: str) -> Context:

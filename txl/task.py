@@ -15,7 +15,7 @@ from engine.config import share_of
 from engine.task import Position, Score, Step
 from engine.values import BadValue, from_json
 from engine.world import World
-from txl.batches import Segment, Streams
+from txl.batches import Segment, Sentences, Streams
 from txl.config import Context, Recipe, flops_per_token
 from txl.data import Corpus
 from txl.model import Memory, TransformerXL
@@ -44,6 +44,10 @@ class TransformerXLTask:
         return {"seq_size": self.recipe.context.tgt_len,
                 "non_emb_params": sum(p.numel() for p in net.parameters()) - tables}
 
+    @property
+    def eval_sets(self) -> tuple[str, ...]:
+        return tuple(self.recipe.data.eval_paths)
+
     def build(self) -> TransformerXL:
         net = TransformerXL(self.recipe.model, self.corpus.n_token)
         if self.recipe.clock.compile:
@@ -52,14 +56,25 @@ class TransformerXLTask:
         return net
 
     def steps(self, world: World, start: Position) -> Iterator[Step]:
-        """Epoch after epoch of ordered segments; memory starts anew with each epoch, since the text does."""
+        """Epoch after epoch of segments; memory starts anew with each epoch, since the text does. Raises BadValue."""
+        recipe, text = self.recipe, self.corpus.splits["train"]
+        sequences = recipe.batch.total(world.size)
+        if sequences * recipe.context.tgt_len > len(text):
+            raise BadValue(f"A step of {sequences} sequences of {recipe.context.tgt_len} tokens is more than the text "
+                           f"to train on, which has {len(text):,} tokens. Use a smaller recipe.batch or "
+                           f"recipe.context.tgt_len, or more text")
+        return self._steps(world, start)
+
+    def _steps(self, world: World, start: Position) -> Iterator[Step]:
         recipe, context, cutoffs = self.recipe, self.recipe.context, self.recipe.model.cutoffs
-        plain = Streams(self.corpus.splits["train"], self.corpus.vocab.start, recipe.batch.total(world.size))
+        text, edge = self.corpus.splits["train"], self.corpus.vocab.start
+        plain = Streams(text, edge, recipe.batch.total(world.size))
+        sentences = Sentences(text, edge) if recipe.shuffle_sentences else None
         shares = recipe.batch.micro_batches(world.rank, world.size)
         epoch, share_done = start.epoch, (start.index, start.steps)
         while True:
             streams = plain.of_epoch(recipe.seed, epoch, roll=recipe.roll,
-                                     varlen=context.tgt_len if recipe.varlen else None)
+                                     varlen=context.tgt_len if recipe.varlen else None, sentences=sentences)
             count = streams.segments(context.tgt_len)
             first = share_done[0] * count // share_done[1]
             for k in range(first, count):

@@ -20,16 +20,15 @@ def words(vocab: Vocab, text: str) -> list[tuple[str, list[int]]]:
 
 
 def unknown(vocab: Vocab, scored: Iterable[tuple[str, list[int]]]) -> list[str]:
-    """The words that the vocabulary has only <unk> for, each once."""
-    unk = vocab.unk if isinstance(vocab, WordVocab) else None
-    return list(dict.fromkeys(word for word, ids in scored
-                              if unk is not None and ids == [unk] and word.lower() != "<unk>"))
+    """The words that hold something for which the vocabulary has only <unk> (or U+FFFD), each once."""
+    return list(dict.fromkeys(word.strip() for word, ids in scored if vocab.unk is not None and vocab.unk in ids
+                              and word.lower() != "<unk>" and "\ufffd" not in word))
 
 
 def count_words(vocab: Vocab, ids: np.ndarray) -> int:
     """Words and ends of lines of a text: the tokens it has where tokens are words, whatever the vocabulary."""
     if isinstance(vocab, WordVocab):
-        return len(ids) - (int((ids == vocab.start).sum()) // 2 if vocab.double else 0)
+        return len(ids)
     chunks = (b"".join(vocab.piece(i) for i in ids[first:first + 65536].tolist())
               for first in range(0, len(ids), 65536))
     count, last = 0, "\n"

@@ -22,7 +22,7 @@ from engine.values import BadValue
 from engine.world import World, leave, world
 from txl import options
 from txl.config import Data
-from txl.data import Corpus, DataError, load
+from txl.data import Corpus, DataError, load, with_eval_sets
 from txl.task import TransformerXLTask, read_recipe
 
 
@@ -60,7 +60,8 @@ def same_corpus(w: World, data: Data) -> Corpus:
     """
     corpus: Corpus | DataError
     try:
-        corpus = load(data)                        # every rank asks; a lock lets the first do it and the others find it
+        # every rank asks; a lock lets the first do it and the others find it
+        corpus = with_eval_sets(load(data), data)
     except DataError as error:
         corpus = error
     problems = w.gather(str(corpus) if isinstance(corpus, DataError) else "")

@@ -1,4 +1,4 @@
-"""Vocabularies: words, bytes, byte pairs. Text becomes token ids and ids become text; no torch.
+"""Vocabularies: words, characters, bytes, byte pairs. Text becomes token ids and ids become text; no torch.
 
 Files are read in pieces, so that memory stays bounded whatever their size.
 """
@@ -8,10 +8,10 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -24,15 +24,17 @@ ENDOFTEXT = "<|endoftext|>"
 
 @dataclass(frozen=True)
 class Vocab:
-    """What the three kinds share. `content` reads what a vocabulary is made of, when that is first needed.
+    """What all kinds share. `content` reads what a vocabulary is made of, when that is first needed.
 
     Two vocabularies of equal `hash` give a token the same id.
     """
     kind: ClassVar[str]
+    unit: ClassVar[str]                           # what a token is, in words
     size: int
     start: int                                    # id of what precedes a text's first token
     hash: str
     content: Callable[[], str] = field(repr=False, compare=False)
+    unk: int | None = None                        # id of what stands for words or characters outside, if anything
 
     def encode(self, text: str) -> list[int]:
         raise NotImplementedError
@@ -59,25 +61,27 @@ class Vocab:
 def load(folder: Path) -> Vocab:
     """The vocabulary that `save` wrote. Its content is read when first needed, not here."""
     header = json.loads((folder / "vocab.json").read_text())
-    kind = {k.kind: k for k in (WordVocab, ByteVocab, BpeVocab)}[header.pop("kind")]
-    return kind(**header, content=partial((folder / "vocab.txt").read_text, encoding="utf-8"))
+    kind = {k.kind: k for k in (WordVocab, CharVocab, ByteVocab, BpeVocab)}[header.pop("kind")]
+    return kind(**header, content=partial(_content, folder / "vocab.txt", kind.kind, header["hash"]))
 
 
 @dataclass(frozen=True)
 class WordVocab(Vocab):
-    """Words are what stands between whitespace; a line ends in `<eos>`, an empty one too, and the last in any case.
+    """Words are what stands between whitespace; a line ends in `end`, an empty one too, and the last in any case.
 
-    With `double` there is no <eos>: each line stands between two <S> (the One Billion Word Benchmark).
+    The One Billion Word Benchmark has <S> on both sides of a sentence. One stands between two sentences: as the end of
+    the first it is a target, and the second follows it. (With two, each second <S> would be a target that costs next to
+    nothing. The original reads them, but never as a target.)
     """
     kind: ClassVar[str] = "word"
-    double: bool = False
+    unit: ClassVar[str] = "words, the ends of lines among them"
+    end: str = "<eos>"
     lower_case: bool = False
-    unk: int | None = None                        # id of what stands for words outside, where there is one
 
     @classmethod
-    def count(cls, paths: Iterable[Path], *, double: bool = False, lower_case: bool = False, min_freq: int = 0,
+    def count(cls, paths: Iterable[Path], *, end: str = "<eos>", lower_case: bool = False, min_freq: int = 0,
               max_size: int | None = None) -> WordVocab:
-        """`<eos>` is 0; words follow by falling frequency in the files, ties in the order in which they first occur.
+        """`end` is 0; words follow by falling frequency in the files, ties in the order in which they first occur.
 
         With min_freq or max_size, <unk> stands for the words left out; where no such word was kept, it is 1.
         """
@@ -85,27 +89,22 @@ class WordVocab(Vocab):
         for path in paths:
             for piece in pieces(path, lines=True):
                 counter.update((piece.lower() if lower_case else piece).split())
-        end = "<S>" if double else "<eos>"
-        del counter[end]
-        words = [word for word, count in counter.most_common(max_size) if count >= min_freq]
-        lacks_unk = (min_freq > 1 or max_size is not None) and "<unk>" not in words
-        return cls._of([end, *(["<unk>"] if lacks_unk else []), *words], double, lower_case)
+        return cls._of(_by_frequency(counter, end, "<unk>", min_freq, max_size), end, lower_case)
 
     @classmethod
-    def closed(cls, path: Path, *, double: bool = False, lower_case: bool = False) -> WordVocab:
+    def closed(cls, path: Path, *, end: str = "<eos>", lower_case: bool = False) -> WordVocab:
         """A vocabulary given as a file: the first word of each line, ids in their order."""
         text = "".join(pieces(path, lines=True))
         words = list(dict.fromkeys(line.split()[0] for line in text.split("\n") if line.strip()))
-        return cls._of(words, double, lower_case, f" {path}")
+        return cls._of(words, end, lower_case, f" {path}")
 
     @classmethod
-    def _of(cls, words: list[str], double: bool, lower_case: bool, where: str = "") -> WordVocab:
-        end = "<S>" if double else "<eos>"
+    def _of(cls, words: list[str], end: str, lower_case: bool, where: str = "") -> WordVocab:
         unk = next((words.index(unk) for unk in ("<unk>", "<UNK>") if unk in words), None)
         if end not in words:
             raise DataError(f"The vocabulary{where} lacks {end}, which every line ends in. Add it as a line of its own")
         text = "\n".join(words)
-        return cls(len(words), words.index(end), _sha256("word", text), lambda: text, double, lower_case, unk)
+        return cls(len(words), words.index(end), _sha256("word", text), lambda: text, unk, end, lower_case)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the words, with the token of a line's end where a newline is; none is added at the end."""
@@ -122,24 +121,22 @@ class WordVocab(Vocab):
         return f"{'' if after in (None, self.start) else ' '}{self._words[token]}".encode()
 
     def encode_file(self, path: Path) -> Iterator[np.ndarray]:
-        edge = np.array([self.start], np.int32)
-        if self.double:
-            yield edge
         for piece in pieces(path, lines=True):
             yield self._ids(piece, path)
-        yield edge
+        yield np.array([self.start], np.int32)
 
     def _ids(self, text: str, where: Path | str) -> np.ndarray:
-        between = " <S> <S> " if self.double else " <eos> "
-        words = (text.lower() if self.lower_case else text).replace("\n", between).split()
+        words = (text.lower() if self.lower_case else text).replace("\n", f" {self.end} ").split()
         try:
             return np.fromiter(map(self._table.__getitem__, words), np.int32, len(words))
         except KeyError as error:
-            remedy = ("Let rare words become <unk>: --set recipe.data.min_freq=2" if isinstance(where, Path) else
-                      "Use words of the text that the vocabulary was made from")
-            raise DataError(
-                f"The word {error.args[0]!r} of {_place(error.args[0], where, self.lower_case)} is not in the "
-                f"vocabulary, which has no <unk> to stand for it. {remedy}") from None
+            word, remedy = error.args[0], "Use words of the text that the vocabulary was made from"
+            if isinstance(where, Path):
+                remedy = ("Let rare words become <unk>: --set recipe.data.min_freq=2; or, where the words are given as "
+                          "a list, add <unk> to it as a line of its own")
+            place = _place(where, lambda line: word in (line.lower() if self.lower_case else line).split())
+            raise DataError(f"The word {word!r} of {place} is not in the vocabulary, which has no <unk> to stand for "
+                            f"it. {remedy}") from None
 
     @cached_property
     def _words(self) -> list[str]:
@@ -164,6 +161,67 @@ class _Table(dict):
 
 
 @dataclass(frozen=True)
+class CharVocab(Vocab):
+    """A token is a character (a code point of Unicode), also space and newline, which is `start`.
+
+    The set is closed. What <unk> is to words, U+FFFD, the replacement character, is here: where it is in the set it
+    stands for characters outside.
+    """
+    kind: ClassVar[str] = "char"
+    unit: ClassVar[str] = "characters, spaces and newlines among them"
+    lower_case: bool = False
+
+    @classmethod
+    def count(cls, paths: Iterable[Path], *, lower_case: bool = False, min_freq: int = 0, max_size: int | None = None
+              ) -> CharVocab:
+        """The newline is 0; characters follow as words do in WordVocab.count, and U+FFFD where <unk> would be."""
+        counter: Counter[str] = Counter()
+        for path in paths:
+            for piece in pieces(path):
+                counter.update(piece.lower() if lower_case else piece)
+        text = "".join(_by_frequency(counter, "\n", "\ufffd", min_freq, max_size))
+        unk = text.find("\ufffd")
+        return cls(len(text), 0, _sha256("char", text), lambda: text, unk if unk >= 0 else None, lower_case)
+
+    def encode(self, text: str) -> list[int]:
+        return self._ids(text, "the text").tolist()
+
+    def decode(self, ids: Iterable[int]) -> str:
+        chars = self._chars
+        return "".join(chars[i] for i in ids)
+
+    def piece(self, token: int, after: int | None = None) -> bytes:
+        return self._chars[token].encode()
+
+    def encode_file(self, path: Path) -> Iterator[np.ndarray]:
+        for piece in pieces(path):
+            yield self._ids(piece, path)
+
+    def _ids(self, text: str, where: Path | str) -> np.ndarray:
+        points = _code_points(text.lower() if self.lower_case else text)
+        ids = self._table[points]
+        if ids.size and ids.min() < 0:
+            char = chr(points[ids < 0][0])
+            remedy = ("Let rare characters become U+FFFD: --set recipe.data.min_freq=2" if isinstance(where, Path) else
+                      "Use characters of the text that the vocabulary was made from")
+            place = _place(where, lambda line: char in (line.lower() if self.lower_case else line))
+            raise DataError(f"The character {char!r} (U+{ord(char):04X}) of {place} is not in the vocabulary, which "
+                            f"has no U+FFFD to stand for it. {remedy}")
+        return ids
+
+    @cached_property
+    def _chars(self) -> str:
+        return self.content()
+
+    @cached_property
+    def _table(self) -> np.ndarray:
+        """Ids by code point, -1 for what has none."""
+        table = np.full(0x110000, -1 if self.unk is None else self.unk, np.int32)
+        table[_code_points(self._chars)] = np.arange(self.size)
+        return table
+
+
+@dataclass(frozen=True)
 class ByteVocab(Vocab):
     """A token is a byte, its id the byte's value; newlines are bytes like any other, and `start` is one.
 
@@ -171,6 +229,7 @@ class ByteVocab(Vocab):
     character are those of the remaining symbols. Ours are of exactly the bytes in the file.
     """
     kind: ClassVar[str] = "byte"
+    unit: ClassVar[str] = "bytes: each of the text counts, newlines too"
 
     @classmethod
     def make(cls) -> ByteVocab:
@@ -201,9 +260,10 @@ class BpeVocab(Vocab):
     threads either: pieces come back in their order, and training sums counts.
     """
     kind: ClassVar[str] = "bpe"
+    unit: ClassVar[str] = "byte pairs"
 
     @classmethod
-    def train(cls, path: Path, n_token: int) -> BpeVocab:
+    def train(cls, paths: Sequence[Path], n_token: int) -> BpeVocab:
         """A vocabulary of exactly n_token entries, <|endoftext|> the first of them. Raises DataError if unreachable."""
         from tokenizers import models, pre_tokenizers, trainers
         alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -211,11 +271,11 @@ class BpeVocab(Vocab):
             raise DataError(f"A bpe vocabulary holds 256 bytes and {ENDOFTEXT}, so data.n_token must be at least 257, "
                             f"not {n_token}")
         tokenizer = _byte_level(models.BPE())
-        tokenizer.train_from_iterator(pieces(path), trainers.BpeTrainer(
+        tokenizer.train_from_iterator(chain.from_iterable(map(pieces, paths)), trainers.BpeTrainer(
             vocab_size=n_token, special_tokens=[ENDOFTEXT], initial_alphabet=alphabet, show_progress=False))
         if (size := tokenizer.get_vocab_size()) != n_token:
-            raise DataError(f"{path} is too short for {n_token} byte pairs: after {size} nothing is left to merge. "
-                            f"Use more text, or --set recipe.data.n_token={size}")
+            raise DataError(f"{_span(paths)} is too short for {n_token} byte pairs: after {size} nothing is left to "
+                            f"merge. Use more text, or --set recipe.data.n_token={size}")
         return cls._of(tokenizer)
 
     @classmethod
@@ -297,19 +357,45 @@ def _byte_level(model: Any) -> Any:
     return tokenizer
 
 
+def _by_frequency(counter: Counter[str], first: str, unk: str, min_freq: int, max_size: int | None) -> list[str]:
+    """`first`, then what was counted by falling frequency. With min_freq or max_size, `unk` stands for what they leave
+    out; where it was not kept itself, it is the second."""
+    del counter[first]
+    kept = [word for word, count in counter.most_common(max_size) if count >= min_freq]
+    lacks_unk = (min_freq > 1 or max_size is not None) and unk not in kept
+    return [first, *([unk] if lacks_unk else []), *kept]
+
+
+def _code_points(text: str) -> np.ndarray:
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+
+
+def _content(path: Path, kind: str, hash: str) -> str:
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError:
+        text = ""
+    if _sha256(kind, text) != hash:
+        raise DataError(f"{path} is damaged: it is not the vocabulary that was written. Delete {path.parent} and run "
+                        f"the same command again: the text is encoded anew")
+    return text
+
+
 def _sha256(kind: str, text: str) -> str:
     return hashlib.sha256(f"{kind}\n{text}".encode()).hexdigest()
 
 
-def _place(word: str, where: Path | str, lower_case: bool) -> str:
-    """File and line of a word's first occurrence."""
+def _place(where: Path | str, has: Callable[[str], bool]) -> str:
+    """File and line of a first occurrence."""
     if isinstance(where, str):
         return where
     with open(where, encoding="utf-8") as f:
-        for number, line in enumerate(f, 1):
-            if word in (line.lower() if lower_case else line).split():
-                return f"{where}, line {number},"
-    return str(where)
+        number = next((number for number, line in enumerate(f, 1) if has(line)), None)
+    return f"{where}, line {number}," if number else str(where)
+
+
+def _span(paths: Sequence[Path]) -> str:
+    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1].name}"
 
 
 def _not_utf8(path: Path) -> str:

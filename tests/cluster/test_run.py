@@ -80,6 +80,15 @@ def test_missing_weights_to_start_from_are_noticed_until_there_is_a_checkpoint_t
     assert standing(run_dir, recipe).step == 20
 
 
+def test_a_file_that_nothing_makes_must_be_there_before_machines_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    recipe = override(tiny, "recipe.data.eval_sets=mail=mail.txt").recipe
+    with pytest.raises(Refused, match=r"There is no mail\.txt, which the recipe names and nothing makes"):
+        standing(Path("runs/x"), recipe)
+    Path("mail.txt").write_text("Dear all,\n")
+    assert standing(Path("runs/x"), recipe) == Standing()
+
+
 def test_a_checkpoint_fetched_without_the_memories_of_ranks_counts(run_dir):
     folder = run_dir / "checkpoints" / "step-00000020"
     checkpoint(folder, 20, ranks=16)

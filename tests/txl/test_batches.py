@@ -1,4 +1,4 @@
-"""Ordered batches: every target once, each after what precedes it, whatever the ranks and streams."""
+"""Batches: every target once, each after what precedes it, whatever the ranks and streams."""
 from __future__ import annotations
 
 from itertools import pairwise
@@ -8,7 +8,7 @@ import pytest
 
 from engine.config import Batch
 from txl.adaptive import IGNORE
-from txl.batches import Streams
+from txl.batches import Sentences, Streams
 from txl.config import Context
 
 START = 99
@@ -71,6 +71,78 @@ def test_a_rolled_stream_begins_anywhere_goes_on_at_its_beginning_and_is_another
     assert len(starts) == 20
     assert np.array_equal(stream(3), stream(3))
     assert not np.array_equal(stream(3), stream(3, seed=6))
+
+
+def sentences_of(lengths: list[int]) -> tuple[np.ndarray, list[list[int]]]:
+    """A text whose sentences end in START and are otherwise made of tokens that occur once."""
+    whole = iter(range(100, 100 + sum(lengths)))
+    sentences = [[next(whole) for _ in range(length - 1)] + [START] for length in lengths]
+    return np.array([token for sentence in sentences for token in sentence], np.uint16), sentences
+
+
+def lm_shuffled_iterator(sentences: list[list[int]], order: list[int], tgt_len: int):
+    """The original's LMShuffledIterator with a batch of one, re-derived: inputs and targets of each batch but the last,
+    which it drops. It reads <S> before every sentence, and never has that as a target."""
+    waiting, stream = [[START, *sentences[i]] for i in order], [START]
+    while True:
+        inputs, targets = [], []
+        while len(targets) < tgt_len:
+            if len(stream) == 1:
+                if not waiting:
+                    return
+                stream = waiting.pop(0)
+            count = min(len(stream) - 1, tgt_len - len(targets))
+            inputs += stream[:count]
+            targets += stream[1:count + 1]
+            stream = stream[count:]
+        yield inputs, targets
+
+
+@pytest.mark.parametrize("tgt_len", [1, 4, 7])
+def test_one_stream_of_shuffled_sentences_is_the_originals(tgt_len):
+    text, sentences = sentences_of([3, 1, 6, 2, 9, 4, 4, 1, 5])
+    found = Sentences(text, START)
+    plain, context = Streams(text, START, 1), Context(tgt_len, mem_len=4)
+    for epoch in range(3):
+        order = found.shuffled(np.random.default_rng((7, epoch)))._order.tolist()
+        streams = plain.of_epoch(7, epoch, roll=False, varlen=None, sentences=found)
+        theirs = list(lm_shuffled_iterator(sentences, order, tgt_len))
+        for k, (inputs, targets) in enumerate(theirs):
+            segment = streams.segment(range(1), k, context)
+            assert segment.tokens_BQ[0].tolist() == inputs
+            assert segment.targets_BT[0].tolist() == targets
+        assert len(theirs) == len(text) // tgt_len
+        assert streams.segments(tgt_len) == -(-len(text) // tgt_len)          # the rest is not dropped here
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+@pytest.mark.parametrize("end", [True, False])
+def test_shuffled_streams_have_every_sentence_whole_once_and_in_another_order_each_epoch(count, end):
+    lengths = np.random.default_rng(1).integers(1, 12, 200).tolist()
+    text, sentences = sentences_of(lengths)
+    if not end:
+        text, sentences = text[:-1], [*sentences[:-1], sentences[-1][:-1]]    # the text does not end in START
+    plain, context, found = Streams(text, START, count), Context(10, mem_len=4), Sentences(text, START)
+
+    def epoch(number: int, seed: int = 3) -> list[int]:
+        streams = plain.of_epoch(seed, number, roll=False, varlen=None, sentences=found)
+        assert len(streams.tokens) == len(text)
+        rows = [streams.segment(range(count), k, context) for k in range(streams.segments(10))]
+        targets = np.concatenate([row.targets_BT.numpy() for row in rows], axis=1)
+        read = [token for row in targets.tolist() for token in row if token != IGNORE]
+        inputs = np.concatenate([row.tokens_BQ.numpy() for row in rows], axis=1)
+        assert [token for i, t in zip(inputs, targets) for token in i[t != IGNORE].tolist()] == [START, *read[:-1]]
+        return read
+    for number in range(3):
+        there, rest = epoch(number), list(map(tuple, sentences))
+        while there:                              # each sentence begins with a token of its own, or is START alone
+            sentence = next(s for s in rest if s == tuple(there[:len(s)]) and (len(s) > 1 or there[0] == START))
+            rest.remove(sentence)
+            there = there[len(sentence):]
+        assert rest == []
+    assert epoch(0) == epoch(0)
+    assert epoch(0) != epoch(1)
+    assert epoch(0) != epoch(0, seed=4)
 
 
 def test_segments_of_random_lengths_are_those_of_the_original():

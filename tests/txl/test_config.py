@@ -9,6 +9,7 @@ import pytest
 from configs import CONFIGS, WT103, WT103_BPE, one_machine, tiny
 from engine import config as engine
 from engine.cli import parse
+from engine.values import BadValue, override
 from tests.txl.small import RECIPE
 from txl import data
 from txl.config import Context, Data, Model, flops_per_token
@@ -24,6 +25,22 @@ def test_inputs_are_the_text_the_byte_pairs_and_the_run_to_start_from():
     assert replace(RECIPE, data=WT103_BPE, init_from="runs/a").inputs == ("data/wikitext-103", "data/gpt2", "runs/a")
     unread = replace(WT103_BPE, vocab="word")
     assert replace(RECIPE, data=unread).inputs == ("data/wikitext-103",)
+
+
+def test_evaluation_sets_are_inputs_and_can_be_typed():
+    recipe = override(RECIPE, "data.eval_sets=mail=data/mail.txt,code=data/a=b.py")
+    assert recipe.data.eval_paths == {"mail": "data/mail.txt", "code": "data/a=b.py"}
+    assert recipe.inputs == ("nowhere", "data/mail.txt", "data/a=b.py")
+    assert made(replace(recipe, data=replace(WT103, eval_sets=("a=b",)))) == WT103      # nothing makes those
+    for wrong, said in (("mail", "NAME=PATH"), ("a=", "NAME=PATH"), ("test=x", "is not train"), ("1=x", "NAME=PATH"),
+                        ("a=b,a=c", "different names: a, a")):
+        with pytest.raises(BadValue, match=said):
+            override(RECIPE, f"data.eval_sets={wrong}")
+
+
+def test_byte_pairs_have_no_sentences_to_shuffle():
+    with pytest.raises(ValueError, match="shuffle_sentences needs a token that ends a line"):
+        replace(RECIPE, data=WT103_BPE, shuffle_sentences=True)
 
 
 def made(recipe) -> Data:
@@ -42,7 +59,7 @@ def test_what_prepares_the_inputs_of_a_config_makes_exactly_its_tokens(name):
 @pytest.mark.parametrize("wanted", [
     replace(WT103, n_token=None, lower_case=True, min_freq=3, max_size=1000), replace(WT103, dir="/mnt/a b"),
     replace(WT103, vocab="bpe", n_token=999), replace(WT103_BPE, bpe_files="elsewhere"),
-    replace(WT103, dataset="enwik8", n_token=None)])
+    replace(WT103, dataset="enwik8", n_token=None), replace(WT103, vocab="char", n_token=None, min_freq=2)])
 def test_what_prepares_the_inputs_knows_every_option(wanted):
     assert made(replace(RECIPE, data=wanted)) == wanted
 

@@ -6,13 +6,15 @@ import signal
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from txl import data, datasets
-from txl.data import Data, DataError, load, main, prepare
+from txl import data, datasets, folders
+from txl.data import Data, DataError, load, main, prepare, with_eval_sets
+from txl.datasets import LM1B_HELD_OUT, LM1B_SHARDS
 from txl.vocab import WordVocab
 
 TEXTS = {"train": "the cat sat\n\nthe dog\n", "valid": "the dog sat\n", "test": "a cat\na dog\n"}
@@ -95,7 +97,7 @@ def test_a_touched_text_of_the_same_content_is_read_but_not_encoded_anew(folder,
 
 
 @pytest.mark.parametrize("change", [{"lower_case": True}, {"min_freq": 2}, {"max_size": 3}, {"dataset": "ptb"},
-                                    {"vocab": "byte"}, {"vocab": "bpe", "n_token": 260}])
+                                    {"vocab": "byte"}, {"vocab": "char"}, {"vocab": "bpe", "n_token": 260}])
 def test_another_option_makes_other_tokens_and_leaves_the_first(folder, change):
     (folder / "train.txt").write_text("The the cat sat a dog dog dog\n" * 9)
     first, other = prepare(words(folder)), prepare(words(folder, **change))
@@ -131,7 +133,70 @@ def test_ptb_and_wt2_count_all_three_texts_and_ptb_in_lower_case(folder):
 def test_the_billion_words_use_their_closed_vocabulary_once_it_is_there(folder):
     assert as_words(load(words(folder, dataset="lm1b")), "valid").split() == ["the", "dog", "sat"]
     (folder / "1b_word_vocab.txt").write_text("<S>\n<UNK>\ndog\n")
-    assert load(words(folder, dataset="lm1b")).splits["valid"].tolist() == [0, 1, 2, 1, 0]
+    assert load(words(folder, dataset="lm1b")).splits["valid"].tolist() == [1, 2, 1, 0]
+
+
+def test_the_billion_words_are_read_from_their_shards(tmp_path):
+    """In the order of the names; valid and test are the same file. With a shard missing nothing is made."""
+    for i, name in enumerate([*LM1B_SHARDS, LM1B_HELD_OUT]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(f"shard {i}\n<unk> {i}" + "\n" * (i % 2))
+    data = Data("lm1b", str(tmp_path))
+    corpus = load(data)
+    assert as_words(corpus, "train") == "".join(f"shard {i}\n<unk> {i}\n" for i in range(99))
+    assert as_words(corpus, "valid") == as_words(corpus, "test") == "shard <unk>\n<unk> <unk>\n"
+    assert corpus.n_bytes["train"] == sum((tmp_path / name).stat().st_size for name in LM1B_SHARDS)
+    assert prepare(data) == corpus.dir
+    (tmp_path / LM1B_SHARDS[3]).write_text("shard 4\nmore")      # of as many bytes
+    assert prepare(data) != corpus.dir
+    (tmp_path / LM1B_SHARDS[3]).unlink()
+    with pytest.raises(DataError, match=r"lacks train.txt \(or, the benchmark's folders, whole\). Get them"):
+        prepare(replace(data, vocab="byte"))
+
+
+def test_words_of_a_list_are_not_chosen_by_frequency(folder):
+    (folder / "words").write_text("<eos>\nthe\n<unk>\n")
+    with pytest.raises(DataError, match=r"words is the list of the words, so recipe\.data\.min_freq"):
+        load(words(folder, word_list=str(folder / "words"), min_freq=2))
+    with pytest.raises(ValueError, match="lower_case and max_size is for a word or char vocabulary"):
+        words(folder, vocab="byte", lower_case=True, max_size=3)
+
+
+def test_characters_are_of_all_three_texts(folder):
+    corpus = load(words(folder, vocab="char"))
+    assert {split: as_words(corpus, split) for split in TEXTS} == {**TEXTS, "train": TEXTS["train"] + "a\n"}
+    assert corpus.n_token == len(set("".join(TEXTS.values())))
+
+
+def test_tokens_that_none_of_the_vocabulary_is_are_an_error_with_what_to_do(folder):
+    """Of a damaged file whose length is right."""
+    made = prepare(words(folder))
+    (made / "test.bin").write_bytes(b"\xff" * (made / "test.bin").stat().st_size)
+    with pytest.raises(DataError, match=rf"test.bin is damaged.*Delete {made} and run the same command again"):
+        load(words(folder))
+
+
+def test_evaluation_sets_are_splits_in_the_same_vocabulary(folder, tmp_path):
+    (tmp_path / "more").write_text("a dog\nsat")
+    data = words(folder, eval_sets=(f"more={tmp_path / 'more'}", f"again={folder / 'valid.txt'}"))
+    corpus = with_eval_sets(load(data), data)
+    assert as_words(corpus, "more") == "a dog\nsat\n"
+    assert corpus.splits["again"].tolist() == corpus.splits["valid"].tolist()
+    assert (corpus.splits["more"].dtype, corpus.n_bytes["more"]) == (np.uint16, 9)
+    assert corpus.dir == load(words(folder)).dir                  # the tokens of the text are not made again
+    (tmp_path / "more").write_text("a cat\nsat")
+    assert with_eval_sets(load(data), data).fingerprint != corpus.fingerprint
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    (None, r"The evaluation set more cannot be read: .*No such file.* --set recipe.data.eval_sets=NAME=PATH"),
+    ("", r"more, the evaluation set more, is empty"), ("a\nzebra", r"'zebra' of .*more, line 2, is not in the vocab")])
+def test_an_evaluation_set_that_cannot_be_scored_is_an_error(folder, tmp_path, text, said):
+    if text is not None:
+        (tmp_path / "more").write_text(text)
+    data = words(folder, eval_sets=(f"more={tmp_path / 'more'}",))
+    with pytest.raises(DataError, match=said):
+        with_eval_sets(load(data), data)
 
 
 def test_wikitexts_own_file_names_are_found(folder):
@@ -259,8 +324,8 @@ def test_a_folder_that_was_never_moved_into_place_is_not_served(folder):
 
 
 def test_the_command_writes_the_standard_librarys_text_and_its_tokens(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(datasets, "stdlib_files", lambda root: {
-        "train": [root / "argparse.py"], "valid": [root / "json/decoder.py"], "test": [root / "abc.py"]})
+    monkeypatch.setattr(folders, "split_of", lambda names, order: {
+        "train": [Path("argparse.py")], "valid": [Path("json/decoder.py")], "test": [Path("abc.py")]})
     assert main(["--dataset=stdlib", f"--dir={tmp_path}", "--n_token=500"]) == 0
     out = capsys.readouterr().out
     corpus = load(Data("stdlib", str(tmp_path), "bpe", 500))

@@ -1,4 +1,4 @@
-"""Downloads from a real server on the loopback, archives made on the spot, the standard library's own files."""
+"""Downloads from a real server on the loopback, archives made on the spot."""
 import hashlib
 import http.server
 import io
@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import sysconfig
 import tarfile
 import threading
 import time
@@ -18,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from txl import datasets
-from txl.datasets import SOURCES, DataError, File, download, fetch, stdlib_files, write_stdlib
+from txl.datasets import LM1B_HELD_OUT, LM1B_SHARDS, SOURCES, DataError, File, download, fetch
 
 BODY = bytes(range(256)) * 4000
 
@@ -210,7 +209,7 @@ def fetched(serve, monkeypatch, folder: Path, name: str, archive: bytes) -> dict
     asked = len(server.asked)
     fetch(name, folder)                                  # all there: nothing to do
     assert len(server.asked) == asked
-    return {p.name: p.read_bytes() for p in folder.iterdir()}
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_wikitext_and_penn_are_unpacked_into_three_texts(serve, monkeypatch, tmp_path):
@@ -247,15 +246,27 @@ def test_other_than_a_hundred_million_bytes_are_refused(serve, monkeypatch, tmp_
     assert [p.name for p in tmp_path.iterdir()] == ["body.bin"]
 
 
-def test_the_billion_words_shards_are_joined_in_the_order_of_their_names(serve, monkeypatch, tmp_path):
-    top = "1-billion-word-language-modeling-benchmark-r13output"
-    shards = {f"{top}/training-monolingual.tokenized.shuffled/news.en-{i:05}-of-00100": b"%d\n" % i
+def billion_words() -> dict[str, bytes]:
+    """The members of the archive, the training shards in falling order; two held-out pieces of fifty."""
+    shards = {f"training-monolingual.tokenized.shuffled/news.en-{i:05}-of-00100": b"%d\n" % i
               for i in reversed(range(1, 100))}
-    held_out = {f"{top}/heldout-monolingual.tokenized.shuffled/news.en.heldout-{i:05}-of-00050": b"held %d\n" % i
+    held_out = {f"heldout-monolingual.tokenized.shuffled/news.en.heldout-{i:05}-of-00050": b"held %d\n" % i
                 for i in (1, 0)}
-    texts = fetched(serve, monkeypatch, tmp_path, "lm1b", tarred(shards | held_out))
-    assert texts == {"train.txt": b"".join(b"%d\n" % i for i in range(1, 100)),
-                     "valid.txt": b"held 0\n", "test.txt": b"held 0\n"}
+    return shards | held_out
+
+
+def test_the_billion_words_keep_their_shards_as_files(serve, monkeypatch, tmp_path):
+    top = "1-billion-word-language-modeling-benchmark-r13output"
+    archive = {f"{top}/{name}": text for name, text in billion_words().items()}
+    texts = fetched(serve, monkeypatch, tmp_path / "1", "lm1b", tarred(archive | {f"{top}/README": b"x"}))
+    assert texts == {name: text for name, text in billion_words().items() if "00001-of-00050" not in name}
+    assert texts.keys() == {*LM1B_SHARDS, LM1B_HELD_OUT}
+    del archive[f"{top}/{LM1B_SHARDS[41]}"]
+    with pytest.raises(DataError, match="does not hold 99 training shards"):
+        fetched(serve, monkeypatch, tmp_path / "2", "lm1b", tarred(archive))
+    (tmp_path / "1" / LM1B_SHARDS[7]).unlink()
+    with pytest.raises(DataError, match=r"has training-.*news.en-00001-of-00100, .* and 96 more already, but not all"):
+        fetch("lm1b", tmp_path / "1")
 
 
 @pytest.mark.parametrize("pack", [zipped, tarred])
@@ -271,51 +282,6 @@ def test_every_source_names_a_digest_and_its_texts():
         algorithm, digest = file.digest.split(":")
         assert len(digest) == {"md5": 32, "sha256": 64, "git": 40}[algorithm]
         assert file.unpack is not None or file.gives == (file.name,)
-
-
-def test_the_standard_librarys_text_is_the_same_every_time(tmp_path):
-    first, second = tmp_path / "1", tmp_path / "2"
-    write_stdlib(first)
-    write_stdlib(second)
-    assert sorted(p.name for p in first.iterdir()) == ["test.txt", "train.txt", "valid.txt"]
-    assert all((first / name).read_bytes() == (second / name).read_bytes() for name in datasets.TEXTS)
-
-
-def test_the_standard_library_is_split_by_whole_files(tmp_path):
-    write_stdlib(tmp_path)
-    root, names, sizes = Path(sysconfig.get_path("stdlib")), {}, {}
-    for name in datasets.TEXTS:
-        text = (tmp_path / name).read_text(encoding="utf-8")
-        names[name], sizes[name] = re.findall(r"^# Lib/(\S+)\n", text, re.M), len(text)
-        for file in names[name]:
-            source = (root / file).read_text(encoding="utf-8").rstrip()
-            assert f"# Lib/{file}\n{source}\n" in text
-    every = [file for files in names.values() for file in files]
-    assert len(every) == len(set(every)) > 200
-    assert "json/decoder.py" in every
-    assert not [file for file in every if re.search(r"(^|/)(tests?|idlelib|site-packages)/", file)]
-    assert .03 < sizes["valid.txt"] / sum(sizes.values()) < .1
-    assert .03 < sizes["test.txt"] / sum(sizes.values()) < .1
-
-
-def test_a_files_split_depends_on_its_name_alone(tmp_path):
-    for i in range(400):
-        (tmp_path / f"m{i}.py").write_text("pass")
-    before = stdlib_files(tmp_path)
-    (tmp_path / "m7.py").unlink()
-    (tmp_path / "m8.py").write_text("changed")
-    (tmp_path / "test").mkdir()
-    (tmp_path / "test" / "m.py").write_text("pass")
-    after = stdlib_files(tmp_path)
-    assert after == {split: [p for p in paths if p.name != "m7.py"] for split, paths in before.items()}
-    assert all(len(paths) > 8 for paths in after.values())
-
-
-def test_a_python_without_sources_says_so(tmp_path, monkeypatch):
-    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path / "empty"))
-    with pytest.raises(DataError, match="no source code"):
-        write_stdlib(tmp_path / "stdlib")
-    assert list((tmp_path / "stdlib").iterdir()) == []
 
 
 def test_progress_away_from_a_terminal_is_a_few_lines(serve, tmp_path, capsys):

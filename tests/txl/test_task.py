@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import islice
 
 import pytest
 import torch
 
 from engine.task import Position
+from engine.values import BadValue
 from engine.world import World, world
 from tests.ranks import run_ranks
 from tests.txl.small import RECIPE, corpus
@@ -65,8 +67,9 @@ def test_an_epoch_reads_every_token_once_and_then_starts_anew():
     assert step.fresh
 
 
-def test_the_data_go_on_from_any_position():
-    task = TransformerXLTask(RECIPE, corpus())
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_the_data_go_on_from_any_position(shuffle):
+    task = TransformerXLTask(replace(RECIPE, shuffle_sentences=shuffle), corpus())
     steps = task.steps(ALONE, Position())
     whole = [next(steps) for _ in range(25)]
     for i in (1, 10, 11, 12, 24):
@@ -82,6 +85,29 @@ def test_the_same_place_is_found_with_another_batch():
     position = [next(steps) for _ in range(5)][-1].following
     assert (position.index, position.steps) == (5, 10)
     assert next(TransformerXLTask(half, corpus(length=320)).steps(ALONE, position)).position.index == 10
+
+
+def test_ranks_agree_on_the_order_of_sentences():
+    """The streams of two ranks, one after the other, are those of one rank with all of them."""
+    task = TransformerXLTask(replace(RECIPE, shuffle_sentences=True), corpus())
+    ranks = [task.steps(World(rank, rank, 2, torch.device("cpu")), Position()) for rank in (0, 1)]
+    plain = TransformerXLTask(RECIPE, corpus()).steps(ALONE, Position())
+    orders = set()
+    for whole, first, second in islice(zip(task.steps(ALONE, Position()), *ranks), 25):       # more than two epochs
+        assert torch.equal(torch.cat([first.micro_batches[0].tokens_BQ, second.micro_batches[0].tokens_BQ]),
+                           whole.micro_batches[0].tokens_BQ)
+        assert (whole.position, whole.tokens) == (first.position, first.tokens)
+        if whole.fresh:
+            orders.add(tuple(whole.micro_batches[0].tokens_BQ.flatten().tolist()))
+    orders.add(tuple(next(plain).micro_batches[0].tokens_BQ.flatten().tolist()))
+    assert len(orders) == 4
+
+
+def test_a_batch_larger_than_the_text_is_refused_before_a_step():
+    task = TransformerXLTask(RECIPE, corpus(length=31))
+    with pytest.raises(BadValue, match=r"step of 4 sequences of 8 tokens is more than the text .* has 31 tokens"):
+        task.steps(ALONE, Position())
+    assert next(TransformerXLTask(RECIPE, corpus(length=32)).steps(ALONE, Position())).tokens == 32
 
 
 def test_the_test_is_measured_by_its_own_context():

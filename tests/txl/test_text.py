@@ -1,4 +1,4 @@
-"""Between tokens and what people read, for words, bytes and byte pairs."""
+"""Between tokens and what people read, in every kind of vocabulary."""
 from __future__ import annotations
 
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 
 from tests.txl.test_vocab import ids_of_file, random_text, written
 from txl.text import TextStream, count_words, ends_in, unknown, words
-from txl.vocab import BpeVocab, ByteVocab, WordVocab
+from txl.vocab import BpeVocab, ByteVocab, CharVocab, WordVocab
 
 WORDS = ["the", "café", "日本", "🎉", "don't", "=", "a\tb", "f(x):"]
 
@@ -18,7 +18,8 @@ def plain_text(seed: int, count: int) -> str:
 
 
 def vocabularies(path):
-    return [WordVocab.count([path]), WordVocab.count([path], double=True), ByteVocab.make(), BpeVocab.train(path, 270)]
+    return [WordVocab.count([path]), WordVocab.count([path], end="<S>"), CharVocab.count([path]), ByteVocab.make(),
+            BpeVocab.train([path], 270)]
 
 
 @pytest.mark.parametrize("end", ["", "\n", "x"])
@@ -30,7 +31,7 @@ def test_words_and_ends_of_lines_are_as_many_in_every_vocabulary(tmp_path, end):
     for vocab in vocabularies(path):
         ids = np.array(ids_of_file(vocab, path))
         assert count_words(vocab, ids) == expected
-        assert vocab.kind != "word" or len(ids) == expected + vocab.double * len(lines)
+        assert vocab.kind != "word" or len(ids) == expected
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -45,6 +46,8 @@ def test_words_that_only_unk_stands_for_are_named_once(tmp_path):
     vocab = WordVocab.count([written(tmp_path, "the <unk> fox\nthe fox")])
     assert unknown(vocab, words(vocab, "the zebra saw\nthe <unk> zebra")) == ["zebra", "saw"]
     assert unknown(ByteVocab.make(), words(ByteVocab.make(), "zebra")) == []
+    chars = CharVocab.count([written(tmp_path, "ab\ufffd")])
+    assert unknown(chars, words(chars, "ab axb axb\na\ufffdb x")) == ["axb", "x"]
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -83,7 +86,7 @@ def slow_end(text: str, stops: tuple[str, ...]) -> str:
 def test_text_ends_before_the_first_stop_string_wherever_tokens_begin(tmp_path, stops, seed):
     rng = np.random.default_rng(seed)
     text = "".join(rng.choice(["a", "b", " ", "é", "日", "\n"], 400, p=[.4, .2, .1, .1, .1, .1]))
-    for vocab in (ByteVocab.make(), BpeVocab.train(written(tmp_path, text * 3 + "ab" * 50), 270)):
+    for vocab in (ByteVocab.make(), BpeVocab.train([written(tmp_path, text * 3 + "ab" * 50)], 270)):
         ids = vocab.encode(text[:60])
         stream, shown, ended = TextStream(vocab, None, stops), "", None
         for n, i in enumerate(ids, start=1):

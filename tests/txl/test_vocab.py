@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from txl import vocab
-from txl.vocab import BpeVocab, ByteVocab, DataError, WordVocab
+from txl.vocab import BpeVocab, ByteVocab, CharVocab, DataError, WordVocab
 
 SPACES = [" ", "  ", "\t", "\xa0", "\u2028", "\x1c", "\n", "\n\n", "\r\n", " \n ", "\r"]
 WORDS = ["the", "The", "<unk>", "café", "naïve", "日本", "🎉", "\u0130stanbul", "don't", "x\x00y", "=", "@-@", "ΟΔΟΣ"]
@@ -95,14 +95,49 @@ def test_a_word_outside_is_an_error_with_its_place_where_there_is_no_unk(tmp_pat
         list(v.encode_file(other))
 
 
-def test_the_one_billion_words_have_a_closed_vocabulary_and_lines_between_two_s(tmp_path):
+def test_the_one_billion_words_have_a_closed_vocabulary_and_one_s_between_lines(tmp_path):
     closed = written(tmp_path, "</S>\n<S>\n<UNK>\nthe\ncat 17\n", "1b_word_vocab.txt")
-    v = WordVocab.closed(closed, double=True)
+    v = WordVocab.closed(closed, end="<S>")
     symbols = ["</S>", "<S>", "<UNK>", "the", "cat"]
     path = written(tmp_path, "the cat\ncat dog the\n\nthe")
-    words = [w if w in symbols else "<UNK>" for line in slow_lines(path) for w in ["<S>", *line, "<S>"]]
+    words = [w if w in symbols else "<UNK>" for line in slow_lines(path) for w in [*line, "<S>"]]
     assert ids_of_file(v, path) == [symbols.index(w) for w in words]
-    assert (v.size, v.start) == (5, 1)
+    assert (v.size, v.start) == (5, 1)            # <S> is also what precedes the first line
+
+
+@pytest.mark.parametrize("lower_case", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_characters_are_numbered_by_falling_frequency_after_the_newline_and_come_back(tmp_path, seed, lower_case):
+    text = random_text(seed, 30_000)                      # more than a piece
+    path = written(tmp_path, text)
+    text = text.lower() if lower_case else text
+    symbols = ["\n", *(char for char, _ in Counter(text).most_common() if char != "\n")]
+    v = CharVocab.count([path], lower_case=lower_case)
+    assert (v.size, v.start, v.kind, v.unk) == (len(symbols), 0, "char", None)
+    assert len(list(v.encode_file(path))) > 2
+    assert ids_of_file(v, path) == [symbols.index(char) for char in text]
+    assert v.decode(ids_of_file(v, path)) == text
+
+
+def test_a_character_outside_is_an_error_with_its_place_or_becomes_the_replacement_character(tmp_path):
+    path, other = written(tmp_path, "aab\r\n"), written(tmp_path, "a\nbéa\n", "valid.txt")
+    v = CharVocab.count([path])
+    with pytest.raises(DataError, match=r"'é' \(U\+00E9\) of .*valid.txt, line 2, .*--set recipe.data.min_freq=2"):
+        list(v.encode_file(other))
+    with pytest.raises(DataError, match=r"'é' \(U\+00E9\) of the text"):
+        v.encode("é")
+    rare = CharVocab.count([path], min_freq=2)
+    assert ids_of_file(rare, other) == [2, 0, 1, 1, 2, 0]
+    assert rare.decode([0, 1, 2]) == "\n\ufffda"
+    assert CharVocab.count([path], max_size=1).content() == "\n\ufffda"
+    assert CharVocab.count([written(tmp_path, "a\ufffd")]).unk == 2
+
+
+def test_a_vocabulary_whose_file_was_damaged_is_not_used(tmp_path):
+    WordVocab.count([written(tmp_path, "the cat\n")]).save(tmp_path)
+    (tmp_path / "vocab.txt").write_text("<eos>\nthe\ncar")
+    with pytest.raises(DataError, match=r"vocab.txt is damaged.*Delete .* and run the same command again"):
+        vocab.load(tmp_path).encode("the")
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -121,7 +156,7 @@ def written_bytes(folder, raw: bytes):
 
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory):
-    return BpeVocab.train(written(tmp_path_factory.mktemp("bpe"), random_text(0, 20_000)), 300)
+    return BpeVocab.train([written(tmp_path_factory.mktemp("bpe"), random_text(0, 20_000))], 300)
 
 
 @pytest.mark.parametrize("text", ["", " ", "\n", "\r\n a\r\n", "no end", "a\x00b", "🎉👩‍👩‍👧 é e\u0301",
@@ -147,7 +182,7 @@ def test_a_file_in_pieces_has_the_byte_pairs_of_the_whole(tmp_path, bpe, seed):
 
 def test_byte_pairs_are_learnt_alike_by_every_process_and_number_of_threads(tmp_path, bpe):
     path = written(tmp_path, random_text(0, 20_000))
-    program = f"from txl.vocab import *; print(BpeVocab.train({str(path)!r}, 300).hash)"
+    program = f"from txl.vocab import *; print(BpeVocab.train([{str(path)!r}], 300).hash)"
     for parallel in ("true", "false"):
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
                                 env=os.environ | {"TOKENIZERS_PARALLELISM": parallel, "PYTHONPATH": os.getcwd()})
@@ -157,9 +192,9 @@ def test_byte_pairs_are_learnt_alike_by_every_process_and_number_of_threads(tmp_
 def test_too_short_a_text_for_so_many_byte_pairs_is_an_error(tmp_path):
     path = written(tmp_path, "abc abc abc\n")
     with pytest.raises(DataError, match=r"too short for 4096 .* after 2\d\d .*--set recipe.data.n_token=2\d\d"):
-        BpeVocab.train(path, 4096)
+        BpeVocab.train([path], 4096)
     with pytest.raises(DataError, match="at least 257"):
-        BpeVocab.train(path, 256)
+        BpeVocab.train([path], 256)
 
 
 def test_gpt2s_files_give_the_ids_of_the_vocabulary_they_describe(tmp_path, bpe):
@@ -176,7 +211,8 @@ def test_gpt2s_files_give_the_ids_of_the_vocabulary_they_describe(tmp_path, bpe)
 
 def test_a_saved_vocabulary_is_the_same_when_loaded(tmp_path, bpe):
     path = written(tmp_path, random_text(1))
-    for v in (WordVocab.count([path], lower_case=True, min_freq=2), ByteVocab.make(), bpe):
+    for v in (WordVocab.count([path], lower_case=True, min_freq=2), CharVocab.count([path], min_freq=2),
+              ByteVocab.make(), bpe):
         v.save(tmp_path)
         loaded = vocab.load(tmp_path)
         assert loaded == v
