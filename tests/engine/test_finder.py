@@ -58,6 +58,14 @@ def test_the_suggestion_is_where_a_known_curve_falls_fastest():
     assert suggestion(curve) == pytest.approx(0.02, rel=0.05)
 
 
+def test_a_fall_from_a_peak_behind_the_lowest_loss_is_no_suggestion():
+    """Where the rate is too large the loss jumps up and comes down again, faster than it ever fell before."""
+    lrs = rising(1e-4, 1, 300)
+    curve = [(lr, 5 - 2 / (1 + math.exp(-4 * (math.log(lr) - math.log(0.02))))) for lr in lrs[:250]]
+    curve += [(lr, 9 - 0.1 * i) for i, lr in enumerate(lrs[250:])]
+    assert suggestion(curve) == pytest.approx(0.02, rel=0.05)
+
+
 def test_slopes_are_the_derivative_by_ln_lr():
     curve = [(lr, 3 * math.log(lr) ** 2) for lr in rising(1e-3, 1, 200)]
     for (lr, _), slope in list(zip(curve, slopes(curve)))[20:-20]:
