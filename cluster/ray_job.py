@@ -28,7 +28,7 @@ ASK_S = 1                                         # between two questions for th
 LOST_S = 600                                      # of silence, after which nobody waits any longer
 WORRY_S = 15                                      # of silence, after which it is said
 # What a cluster may write to here: nothing that the launcher itself goes by but status.json.
-OURS = re.compile(r"logs/rank-\d+\.log|metrics\.jsonl|machine\.json|status\.json"
+OURS = re.compile(r"logs/rank-\d+\.log|metrics\.jsonl|(?:machine|lr_finder|status)\.json"
                   r"|checkpoints/step-\d+/meta\.json|tensorboard/[\w.-]+")
 
 COLOURS = re.compile(rb"\x1b\[[\d;]*m")

@@ -49,8 +49,12 @@ def bind(world: World, mode: Affinity, log: logging.Logger) -> None:
     ranks = max(int(os.environ.get("LOCAL_WORLD_SIZE", 1)), world.local_rank + 1)      # whoever starts them may not say
     mine = placed(mode, survey(world.device, ranks))[world.local_rank]
     if mine and mine != os.sched_getaffinity(0):
-        os.sched_setaffinity(0, mine)
-        log.info(f"keeps to processors {listed(mine)} ({mode})")
+        try:
+            os.sched_setaffinity(0, mine)
+        except OSError as error:                  # a container may forbid it; it is no reason not to train
+            log.info(f"cannot keep to processors {listed(mine)} ({mode}): {error}")
+        else:
+            log.info(f"keeps to processors {listed(mine)} ({mode})")
 
 
 def survey(device: torch.device, ranks: int) -> Topology:

@@ -1,19 +1,15 @@
 """The training loop, one for all models: steps, evaluation, checkpoints, metrics, until the recipe says it ends."""
 from __future__ import annotations
 
-import fnmatch
 import json
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from engine import affinity, checkpoint, optim
 from engine.config import Recipe
@@ -24,12 +20,10 @@ from engine.precision import precision_for
 from engine.run import Run
 from engine.schedule import lr_at
 from engine.task import Position, Score, Step, Task
-from engine.values import BadValue, to_json
+from engine.values import to_json
+from engine.watch import Diverged, Guard, Timed, Window, to_device
+from engine.weights import freeze, load_weights, span
 from engine.world import World
-
-
-class Diverged(RuntimeError):
-    """The loss is not a number or ran away. The message names step, tensor and the checkpoint that is good."""
 
 
 @dataclass
@@ -97,13 +91,13 @@ class _Training:
         self.optimizer = optim.build(self.model.named_parameters(), recipe.optim, self.peak_lr)
         self.scaler = self.precision.scaler()
         torch.manual_seed(recipe.seed + 1 + world.rank)         # another dropout on each
-        self.window = _Window(world.device)
+        self.window = Window(world.device)
         self._resume()
 
         self.ddp = world.parallel(self.model)
         self.guard = Guard(len(self.parameters), world.device)
         self.metrics = Metrics(run.folder, self.progress.step, self.progress.tokens, active=world.leads)
-        self.watch, self.timed, self.warm = Stopwatch(), _Timed(), False
+        self.watch, self.timed, self.warm = Stopwatch(), Timed(), False
         self.finding = recipe.schedule.name == "finder"
         self.eval_interval = None if self.finding else recipe.clock.eval_interval
         self.log_first_steps = math.inf if self.finding else recipe.clock.log_first_steps
@@ -220,7 +214,7 @@ class _Training:
         self.run.log.info(f"step {progress.step}/{total} | tokens {brief(progress.tokens)} | loss {loss:.3f} | "
                           f"ppl {ppl(loss):.2f} | lr {self.lr:.2e} | {brief(rate)} tok/s"
                           + (f" | mfu {mfu:.1%}" if mfu else "") + f" | eta {eta}")
-        self.window, self.timed = _Window(world.device), _Timed()
+        self.window, self.timed = Window(world.device), Timed()
         self.run.status("training", progress.step)
 
         progress.lowest_loss = min(progress.lowest_loss, loss)
@@ -314,11 +308,11 @@ class _Training:
                    f"rank-R.pt is missing or damaged on the machine of rank(s) {', '.join(map(str, lacking))}")
             self.run.log.info(f"{why}: memories start empty, so the curve is not continued to the last bit")
             return
-        self.carries = _to(own["carries"], world.device)
+        self.carries = to_device(own["carries"], world.device)
         torch.set_rng_state(own["cpu_rng"])
         if own["cuda_rng"] is not None and world.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"])
-        self.window = _Window.of(own["window"], world.device)
+        self.window = Window.of(own["window"], world.device)
 
     def _take_weights(self, find: Callable[[], checkpoint.Checkpoint], *, partly: bool = False,
                       others: str = "") -> checkpoint.Checkpoint:
@@ -328,7 +322,7 @@ class _Training:
             found = find()
             new = load_weights(self.model, found, self.task.vocabulary, partly=partly)
             if new:
-                self.run.log.info(f"{found.path} lacks {len(new)} tensors, which {others}: {_span(new)}")
+                self.run.log.info(f"{found.path} lacks {len(new)} tensors, which {others}: {span(new)}")
             return found
         found = checkpoint.from_leader(self.world, load)
         self.model.load_state_dict(self.world.broadcast(self.model.state_dict()))
@@ -418,125 +412,3 @@ class _Training:
             return "No checkpoint had been written yet."
         path = self.run.checkpoints / checkpoint.name(self.saved_step)       # not looked for: it may be another's disk
         return f"The last good checkpoint is {path} (step {self.saved_step})."
-
-
-class _Window:
-    """What happened since the last log line; the sums stay on the device."""
-
-    def __init__(self, device: torch.device):
-        self.nats = torch.zeros((), dtype=torch.float64, device=device)
-        self.norm = torch.zeros((), device=device)
-        self.finite = torch.zeros((), device=device)             # how many norms that is the sum of
-        self.steps = self.tokens = 0
-
-    def add(self, nats: Tensor, norm: Tensor, tokens: int) -> None:
-        self.nats += nats
-        finite = torch.isfinite(norm)              # fp16 overflows now and then, and skips the step
-        self.norm += torch.where(finite, norm, 0.0)
-        self.finite += finite
-        self.steps += 1
-        self.tokens += tokens
-
-    def mean_norm(self) -> float:
-        return (self.norm / self.finite.clamp(min=1)).item()
-
-    def state(self) -> dict[str, Any]:
-        return vars(self)
-
-    @staticmethod
-    def of(state: dict[str, Any], device: torch.device) -> _Window:
-        window = _Window(device)
-        vars(window).update({key: _to(x, device) for key, x in state.items()})
-        return window
-
-
-@dataclass
-class _Timed:
-    """What the stopwatch has seen since its last lap. Seconds of parts are the host's: on a GPU, of giving orders."""
-    steps: int = 0
-    tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "backward": 0.0})
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[name] += time.perf_counter() - begin
-
-
-class Guard:
-    """Remembers on the device the first step whose loss or gradient is not finite, and each tensor's norm there;
-    asking it is a wait for the device, watching is not."""
-
-    def __init__(self, tensors: int, device: torch.device):
-        self.step = torch.full((), -1, dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), device=device)
-        self.norms = torch.zeros(tensors, device=device)
-
-    def watch(self, step: int, loss: Tensor, norm: Tensor | None, norms: Tensor) -> None:
-        """`norm` None: an overflowing gradient is no fault (fp16's scaler skips such steps), only the loss counts."""
-        bad = ~torch.isfinite(loss) if norm is None else ~(torch.isfinite(loss) & torch.isfinite(norm))
-        first = bad & (self.step < 0)
-        self.step = torch.where(first, step, self.step)
-        self.loss = torch.where(first, loss, self.loss)
-        self.norms = torch.where(first, norms, self.norms)
-
-    def check(self, world: World, names: tuple[str, ...], good_checkpoint: Callable[[], str]) -> None:
-        """Collective. Raises Diverged on every rank if any rank saw such a step."""
-        step = int(self.step)
-        bad, = world.sum(float(step >= 0))
-        if not bad:
-            return
-        if step < 0:
-            raise Diverged(f"Another rank's loss is not finite, see its log. {good_checkpoint()}")
-        wrong = [name for name, norm in zip(names, self.norms.tolist()) if norm != norm or norm == float("inf")]
-        tensors = f"the gradient of {wrong[0]} (and of {len(wrong) - 1} more tensors)" if wrong else "no gradient"
-        raise Diverged(f"At step {step} the loss of rank {world.rank} was {self.loss.item():.4g}, and {tensors} was "
-                       f"not finite. {good_checkpoint()} Start a new run (--name=NEW) with a lower learning rate "
-                       f"(--set recipe.optim.lr=…), a longer warm-up or another precision; "
-                       f"--checkpoint=RUN takes the weights of this one along.")
-
-
-def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
-    """Parameters by name, or pattern of names, that are not trained. Raises BadValue of a pattern without any, and
-    where nothing is left to train."""
-    for pattern in patterns:
-        found = [p for name, p in model.named_parameters() if fnmatch.fnmatchcase(name, pattern)]
-        if not found:
-            raise BadValue(f"No parameter is called {pattern}, which is to be frozen. There are: "
-                           f"{_span([name for name, _ in model.named_parameters()])}")
-        for p in found:
-            p.requires_grad_(False)
-    if not any(p.requires_grad for p in model.parameters()):
-        raise BadValue("All parameters are frozen: nothing would be trained")
-
-
-def load_weights(model: nn.Module, source: checkpoint.Checkpoint, vocabulary: str, *, partly: bool = False
-                 ) -> list[str]:
-    """The model's weights from a checkpoint. With `partly`, of a smaller model: the others stay, and are named.
-
-    Raises CheckpointError, naming the tensors, where they do not fit, and where they are of another vocabulary.
-    """
-    source.check_vocabulary(vocabulary)
-    weights, own = source.shared("cpu")["model"], model.state_dict()
-    new = [name for name in own if name not in weights] if partly else []
-    shapes = [{name: tuple(x.shape) for name, x in state.items()}
-              for state in (weights, {name: x for name, x in own.items() if name not in new})]
-    wrong = [f"{name} is {shapes[0].get(name, 'absent')} there and {shapes[1].get(name, 'absent')} here"
-             for name in dict(shapes[0] | shapes[1]) if shapes[0].get(name) != shapes[1].get(name)]
-    if wrong:
-        more = f", and {len(wrong) - 3} more tensors" if len(wrong) > 3 else ""
-        raise checkpoint.CheckpointError(f"The weights of {source.path} do not fit this model: "
-                                         f"{'; '.join(wrong[:3])}{more}")
-    model.load_state_dict(weights, strict=not partly)
-    return new
-
-
-def _span(names: Sequence[str]) -> str:
-    return ", ".join(names) if len(names) < 6 else f"{', '.join(names[:3])} … {names[-1]}"
-
-
-def _to(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return type(value)(_to(x, device) for x in value) if isinstance(value, (list, tuple)) else value

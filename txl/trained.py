@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine import checkpoint
-from engine.loop import load_weights
+from engine.weights import load_weights
 from engine.world import World
 from txl.config import Recipe
 from txl.data import Corpus, load

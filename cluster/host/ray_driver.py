@@ -327,7 +327,8 @@ class Mirror(threading.Thread):
             if kept != self._kept:                # always at first: a start before this one may not have told of all
                 frames.append({"kept": kept})
                 self._kept = kept
-            frames += self._changed([self._folder / "machine.json", *metas, self._folder / "status.json"])
+            frames += self._changed([self._folder / "machine.json", *metas, self._folder / "lr_finder.json",
+                                     self._folder / "status.json"])
         return frames
 
     def _grown(self, paths: list[Path]) -> list[dict[str, Any]]:
