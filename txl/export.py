@@ -21,7 +21,7 @@ from engine.checkpoint import CheckpointError
 from engine.cli import flag, misuse, parse
 from engine.values import BadValue, override
 from engine.world import World
-from txl import exported
+from txl import exported, options
 from txl.config import Context
 from txl.data import DataError
 from txl.model import TransformerXL
@@ -55,7 +55,7 @@ class Step(nn.Module):
 
 
 def main(argv: list[str]) -> int:
-    flags = parse(Flags, argv, prog="-m txl.export", about=__doc__)
+    flags = parse(Flags, argv, prog="-m txl.export", about=__doc__, advice=options.advice)
     output = Path(flags.output)
     if output.suffix != ".pt2":
         misuse(f"--output must end in .pt2, not {output.name}")

@@ -175,8 +175,8 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         _not("manual_config", "benchmarks/train.md says how to time a model that is not trained"),
         _as("percentiles", "txl.evaluate --percentiles=90,95,99"),
         _as("save_data", "txl.evaluate --save=seconds.json", note="every segment's seconds, as JSON"),
-        _not("type save_torchscript load_torchscript", "TorchScript is no longer developed; recipe.clock.compile=true "
-                                                       "compiles the layers while training"),
+        _as("type save_torchscript load_torchscript", "txl.export --output=model.pt2",
+            note="a file that needs no code but torch; TorchScript is no longer developed"),
         _not("repeat", "a segment's time is a mean over the split, with percentiles; --split=all has more of them"),
         _not("do_train do_eval", "launch.py trains, txl.evaluate evaluates"),
         _as("context", "txl.generate --prompt=hello"), _as("length", "txl.generate --length=200", note="tokens"),

@@ -345,6 +345,12 @@ def test_numbers_that_were_taken_back_there_are_taken_back_here(job):
     assert (job.folder / "metrics.jsonl").read_text() == '{"step": 1}\n'
 
 
+@pytest.mark.parametrize("name", ["status.json", "machine.json", "lr_finder.json"])
+def test_what_a_run_says_of_itself_comes_whole(job, name):
+    job.frame(file=name, whole=base64.b64encode(b'{"a": 1}').decode())
+    assert (job.folder / name).read_text() == '{"a": 1}'
+
+
 def test_a_checkpoint_that_the_cluster_has_no_more_is_not_listed_here_and_one_that_is_here_stays(job):
     whole = base64.b64encode(b"{}").decode()
     for step in (50, 100, 150):
