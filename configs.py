@@ -350,7 +350,8 @@ TINY = Recipe(
     data=STDLIB,
     context=Context(tgt_len=32, mem_len=32),
     eval_context=Context(tgt_len=32, mem_len=32),
-    eval_streams=64,
+    eval_streams=256,                             # a few long steps: most of a run's time is evaluation
+    eval_max_segments=5,
     batch=Batch(size=8),
     optim=Optim("adam", lr=.004),
     schedule=Schedule("cosine", warmup_steps=5),
@@ -363,6 +364,7 @@ DEMO = replace(
     data=replace(STDLIB, n_token=2048),
     context=Context(tgt_len=32, mem_len=128),
     eval_context=Context(tgt_len=32, mem_len=128),
+    eval_streams=64, eval_max_segments=None,
     batch=Batch(size=16),
     optim=Optim("adamw", lr=.003, betas=(.9, .98), weight_decay=.01),
     schedule=Schedule("cosine", warmup_steps=100, eta_min=.00015),

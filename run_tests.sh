@@ -6,4 +6,4 @@ source environment.sh
 ruff check .
 mypy
 # More than two cores have work for: many tests wait for what they have started. Lots of tests by tests/conftest.py.
-exec python -m pytest -n 3 --dist loadscope --no-loadscope-reorder "$@"
+exec python -m pytest -n 4 --dist loadscope --no-loadscope-reorder "$@"

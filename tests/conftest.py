@@ -11,23 +11,24 @@ for ignored in (signal.SIGINT, signal.SIGHUP):    # by nohup, or a shell's &: al
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)
 
 # What takes longest, longest first, as beginnings of what lot() says: begun last, it would be waited for alone.
-LONGEST = ("cluster/test_ray.py", "cluster/test_contract.py/ray", "cluster/test_gang_machines.py",
+LONGEST = ("ray", "cluster/test_gang_machines.py",
            "cluster/test_contract.py", "cluster/test_bucket.py", "cluster/test_slurm.py",
            "engine/test_loop.py", "test_rehearse.py", "engine/test_nodes.py", "test_launch.py",
            "cluster/test_smoke.py", "cluster/test_gang", "cluster/test_verbs.py", "cluster/test_ncluster.py",
            "engine/test_checkpoint.py")
+RAY = ("cluster/test_ray.py", "cluster/test_ray_gang.py")
 ALONE = ("test_rehearse.py",)                     # whose tests share nothing
 
 
 def lot(nodeid: str) -> str:
     """Of tests that one worker has, one after the other: a module's, which share what it sets up."""
     module, _, test = nodeid.removeprefix("tests/").partition("::")
+    if module in RAY or ("[ray" in test and module == "cluster/test_contract.py"):
+        return "ray"                              # one after the other: each gives its parts 30 s to start, no more
     if module in ALONE:
         return f"{module}/{test}"
     if module == "cluster/test_contract.py" and (backend := re.search(r"\[([a-z]+)", test)):
         return f"{module}/{backend[1]}"           # which has a world of its own
-    if module == "cluster/test_ray_gang.py":      # one Ray after the other: each gives its parts 30 s to start, no more
-        return "cluster/test_ray.py"
     return module
 
 
