@@ -25,12 +25,12 @@ class LinearLr:
 @dataclass(frozen=True)
 class Optim:
     """The optimizer. `eps`, `betas` and the LAMB options mean what they mean in engine/optim.py."""
-    name: Literal["lamb", "adamw", "adam", "sgd", "adagrad"]
+    name: Literal["lamb", "adamw", "adam", "sgd", "adagrad", "muon"]
     lr: float | LinearLr                          # the peak: the schedule multiplies it
     weight_decay: float = 0.0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
-    momentum: float = 0.0                         # sgd only
+    momentum: float = 0.0                         # sgd and muon only
     clip: float | None = 0.25                     # global gradient norm; None: no clipping
     bias_correction: bool = True                  # lamb only, as are the two below
     trust_ratio: bool = True

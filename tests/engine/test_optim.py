@@ -205,6 +205,65 @@ def test_build_makes_the_optimizer_that_is_named(name, judge):
     assert_close(named, trained(lambda p, lr: judge(p)))
 
 
+def of_layers(params) -> list[tuple[str, torch.nn.Parameter]]:
+    """As a model names them: matrices of layers, one elsewhere, a bias."""
+    return [(name, params[i]) for i, name in enumerate(("layers.0.w", "table.w", "layers.0.b", "layers.1.w"))]
+
+
+def matrices() -> list[torch.nn.Parameter]:
+    g = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=g)) for shape in ((6, 4), (5, 3), (4,), (4, 6))]
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_what_is_made_orthogonal_keeps_its_singular_vectors_and_has_singular_values_near_one(shape):
+    g = torch.Generator().manual_seed(0)
+    several = torch.randn(3, *shape, generator=g) * 100
+    for before, after in zip(several, optim.orthogonal(several)):
+        u, s, vh = torch.linalg.svd(before, full_matrices=False)
+        rotated = u.T @ after @ vh.T
+        assert_close(rotated, rotated.diagonal().diag(), atol=2e-3, rtol=0)
+        assert s.max() / s.min() > 2
+        assert rotated.diagonal().min() > 0.6
+        assert rotated.diagonal().max() < 1.3
+
+
+def test_muon_is_torchs_for_the_layers_matrices_and_adamw_for_the_rest():
+    ours, theirs = matrices(), matrices()
+    options = {"betas": (0.8, 0.9), "eps": 1e-5, "weight_decay": 0.1}
+    moving = optim.build(of_layers(ours), Optim("muon", lr=5.0, momentum=0.9, **options), lr=0.02)
+    judges = [torch.optim.Muon([theirs[0], theirs[3]], lr=0.02, momentum=0.9, weight_decay=0.1,
+                               adjust_lr_fn="match_rms_adamw"),
+              torch.optim.AdamW([theirs[1], theirs[2]], lr=0.02, **options)]
+    for step in range(10):
+        for p, q, grad in zip(ours, theirs, gradients(ours, step)):
+            p.grad, q.grad = grad, grad.clone()
+        for optimizer in (moving, *judges):
+            optimizer.step()
+    for p, q in zip(ours[1:3], theirs[1:3]):
+        assert_close(p, q)
+    for p, q, before in zip(ours, theirs, matrices()):           # torch's Newton-Schulz is in bfloat16, of 8 bits
+        assert (p - q).norm() < 0.02 * (q - before).norm()
+
+
+def test_muon_stopped_and_resumed_is_muon():
+    def some(params, optimizer, steps):
+        for step in steps:
+            for p, grad in zip(params, gradients(params, step)):
+                p.grad = grad
+            optimizer.step()
+    through, stopped = matrices(), matrices()
+    whole = optim.build(of_layers(through), Optim("muon", lr=1.0, momentum=0.9), lr=0.02)
+    some(through, whole, range(6))
+    first = optim.build(of_layers(stopped), Optim("muon", lr=1.0, momentum=0.9), lr=0.02)
+    some(stopped, first, range(3))
+    resumed = [torch.nn.Parameter(p.detach().clone()) for p in stopped]
+    second = optim.build(of_layers(resumed), Optim("muon", lr=1.0, momentum=0.9), lr=0.02)
+    second.load_state_dict(copy.deepcopy(first.state_dict()))
+    some(resumed, second, range(3, 6))
+    assert_close(resumed, through, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("option", [{"bias_correction": False}, {"trust_ratio": False}, {"max_weight_norm": 1.0},
                                     {"max_weight_norm": None}])
 def test_build_hands_lambs_options_on(option):
