@@ -22,7 +22,7 @@ from engine.schedule import lr_at
 from engine.task import Position, Score, Step, Task
 from engine.values import to_json
 from engine.watch import Diverged, Guard, Timed, Window, to_device
-from engine.weights import freeze, load_weights, span
+from engine.weights import freeze, load_weights, set_weights, span
 from engine.world import World
 
 
@@ -293,7 +293,7 @@ class _Training:
         newest = found[-1]
         newest.check_vocabulary(self.task.vocabulary)
         shared = checkpoint.from_leader(world, lambda: newest.shared(world.device))
-        self.model.load_state_dict(shared["model"])
+        set_weights(self.model, shared["model"], newest.path)
         self.optimizer.load_state_dict(shared["optimizer"])
         self.scaler.load_state_dict(shared["scaler"])
         self.progress = Progress.of(shared["progress"])

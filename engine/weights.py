@@ -3,8 +3,9 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
+from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from engine import checkpoint
 from engine.values import BadValue
@@ -26,12 +27,18 @@ def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
 
 def load_weights(model: nn.Module, source: checkpoint.Checkpoint, vocabulary: str, *, partly: bool = False
                  ) -> list[str]:
-    """The model's weights from a checkpoint. With `partly`, of a smaller model: the others stay, and are named.
-
-    Raises CheckpointError, naming the tensors, where they do not fit, and where they are of another vocabulary.
-    """
+    """The model's weights from a checkpoint, as `set_weights` does. Raises CheckpointError where they are of another
+    vocabulary, too."""
     source.check_vocabulary(vocabulary)
-    weights, own = source.shared("cpu")["model"], model.state_dict()
+    return set_weights(model, source.shared("cpu")["model"], source.path, partly=partly)
+
+
+def set_weights(model: nn.Module, weights: dict[str, Tensor], path: Path, *, partly: bool = False) -> list[str]:
+    """Weights into a model. With `partly`, of a smaller one: the others stay, and are named.
+
+    Raises CheckpointError, naming the tensors and `path`, where they come from, where they do not fit.
+    """
+    own = model.state_dict()
     new = [name for name in own if name not in weights] if partly else []
     shapes = [{name: tuple(x.shape) for name, x in state.items()}
               for state in (weights, {name: x for name, x in own.items() if name not in new})]
@@ -39,8 +46,9 @@ def load_weights(model: nn.Module, source: checkpoint.Checkpoint, vocabulary: st
              for name in dict(shapes[0] | shapes[1]) if shapes[0].get(name) != shapes[1].get(name)]
     if wrong:
         more = f", and {len(wrong) - 3} more tensors" if len(wrong) > 3 else ""
-        raise checkpoint.CheckpointError(f"The weights of {source.path} do not fit this model: "
-                                         f"{'; '.join(wrong[:3])}{more}")
+        raise checkpoint.CheckpointError(f"The weights of {path} do not fit this model: {'; '.join(wrong[:3])}{more}. "
+                                         f"Use the recipe.model that they were trained as, in the recipe.json of their "
+                                         f"run, or start without them, under another name")
     model.load_state_dict(weights, strict=not partly)
     return new
 
