@@ -26,7 +26,7 @@ from txl.config import Context
 from txl.data import DataError
 from txl.model import TransformerXL
 from txl.trained import restore
-from txl.vocab import BpeVocab, Vocab, WordVocab
+from txl.vocab import BpeVocab, CharVocab, Vocab, WordVocab
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def portable(vocab: Vocab) -> dict[str, Any]:
     """A vocabulary as JSON, all that exported.py needs."""
     about: dict[str, Any] = {"kind": vocab.kind, "start": vocab.start}
     if isinstance(vocab, WordVocab):
-        return about | {"tokens": vocab.content().split("\n"), "unk": vocab.unk, "lower_case": vocab.lower_case,
-                        "double": vocab.double}
+        return about | {"tokens": vocab.content().split("\n"), "unk": vocab.unk, "lower_case": vocab.lower_case}
+    if isinstance(vocab, CharVocab):
+        return about | {"tokens": list(vocab.content()), "unk": vocab.unk, "lower_case": vocab.lower_case}
     if isinstance(vocab, BpeVocab):
         tokenizer = json.loads(vocab.content())
         ids = tokenizer["model"]["vocab"] | {x["content"]: x["id"] for x in tokenizer["added_tokens"]}

@@ -98,29 +98,40 @@ class LanguageModel:
 
 
 class Words:
-    """Words between whitespace; the end of a line is a token, or two with `double`."""
+    """Words between whitespace; the end of a line is a token."""
     words = r"\n|\S+"
 
     def __init__(self, about: dict[str, Any]):
-        self.tokens, self.start, self.unk, self.lower_case, self.double = (
-            about[key] for key in ("tokens", "start", "unk", "lower_case", "double"))
+        self.tokens, self.start, self.unk, self.lower_case = (
+            about[key] for key in ("tokens", "start", "unk", "lower_case"))
         self.ids = {token: i for i, token in enumerate(self.tokens)}
 
     def encode(self, text: str) -> list[int]:
-        end = f" {self.tokens[self.start]} " * (2 if self.double else 1)
-        words = (text.lower() if self.lower_case else text).replace("\n", end).split()
+        words = self.split(text.lower() if self.lower_case else text)
         ids = [self.ids.get(word, self.unk) for word in words]
         if None in ids:
-            raise ValueError(f"The word {words[ids.index(None)]!r} is not in the vocabulary, which has no <unk> to "
-                             f"stand for it")
+            raise ValueError(f"{words[ids.index(None)]!r} is not in the vocabulary, which has nothing to stand for it")
         return ids
+
+    def split(self, text: str) -> list[str]:
+        return text.replace("\n", f" {self.tokens[self.start]} ").split()
 
     def decode(self, ids: Iterable[int]) -> str:
         return re.sub(" ?\n ?", "\n", " ".join("\n" if i == self.start else self.tokens[i] for i in ids))
 
 
-class Bytes:
+class Characters(Words):
     words = r"[ \t\r\n]*[^ \t\r\n]+|[ \t\r\n]+"
+
+    def split(self, text: str) -> list[str]:
+        return list(text)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return "".join(self.tokens[i] for i in ids)
+
+
+class Bytes:
+    words = Characters.words
 
     def __init__(self, about: dict[str, Any]):
         self.start: int = about["start"]
@@ -191,7 +202,8 @@ def _kind(character: str) -> str:
 
 
 def vocabulary(about: dict[str, Any]) -> Words | Bytes | BytePairs:
-    kinds: dict[str, type[Words | Bytes | BytePairs]] = {"word": Words, "byte": Bytes, "bpe": BytePairs}
+    kinds: dict[str, type[Words | Bytes | BytePairs]] = {
+        "word": Words, "char": Characters, "byte": Bytes, "bpe": BytePairs}
     return kinds[about["kind"]](about)
 
 

@@ -20,7 +20,7 @@ from txl import evaluate, export, exported
 from txl.config import Context
 from txl.model import TransformerXL
 from txl.trained import restore
-from txl.vocab import BpeVocab, ByteVocab, WordVocab
+from txl.vocab import BpeVocab, ByteVocab, CharVocab, WordVocab
 
 ALONE = World(0, 0, 1, torch.device("cpu"))
 PLAIN = replace(RECIPE.model, cutoffs=())
@@ -122,11 +122,12 @@ def vocabularies(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "train.txt"
     source = Path(json.__file__).read_text() + Path(subprocess.__file__).read_text()
     path.write_text(source + "\n".join(TEXTS).replace("<|endoftext|>", ""))
-    return {"bpe": BpeVocab.train(path, 600), "byte": ByteVocab.make(), "word": WordVocab.count([path], max_size=50),
-            "lower": WordVocab.count([path], lower_case=True, double=True, min_freq=2)}
+    return {"bpe": BpeVocab.train([path], 600), "byte": ByteVocab.make(), "word": WordVocab.count([path], max_size=50),
+            "lower": WordVocab.count([path], lower_case=True, end="<S>", min_freq=2),
+            "char": CharVocab.count([path], min_freq=2)}
 
 
-@pytest.mark.parametrize("kind", ["bpe", "byte", "word", "lower"])
+@pytest.mark.parametrize("kind", ["bpe", "byte", "word", "lower", "char"])
 def test_a_text_has_the_same_tokens_there_as_here(vocabularies, kind):
     vocab = vocabularies[kind]
     theirs = exported.vocabulary(json.loads(json.dumps(export.portable(vocab))))
