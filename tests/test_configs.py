@@ -27,7 +27,7 @@ CYBERTRONAI = {          # machines, sequences per GPU, global batch, lr, tokens
 PARAMETERS = {
     "wt103_base_paper": 151_107_538, "one_machine": 186_707_162, "nvidia_base": 191_950_298,
     "nvidia_large": 285_167_482, "test_1": 297_051_220, "wt103_large_paper": 285_170_506,
-    "lm1b_base": 357_812_082, "lm1b_large": 841_295_982,
+    "nvidia_tf_base": 191_965_658, "lm1b_base": 357_812_082, "lm1b_large": 841_295_982,
 }
 
 
@@ -134,6 +134,13 @@ def test_trainbench_is_the_beginning_of_its_recipe(name, of):
     ("nvidia_large_multinode", 512, 16), ("nvidia_large_multinode_p3dn", 512, 16)])
 def test_nvidias_configs_take_what_fits_their_gpus(name, size, micro_size):
     assert CONFIGS[name].recipe.batch == Batch(size=size, micro_size=micro_size)
+
+
+def test_nvidias_tensorflow_recipe_is_its_other_one_but_for_what_its_script_says():
+    tf, torch = CONFIGS["nvidia_tf_base"].recipe, CONFIGS["nvidia_base"].recipe
+    assert (tf.optim.weight_decay, tf.model.untie_r, tf.schedule.lowest(.01)) == (.01, True, .001)
+    assert replace(tf, model=torch.model, optim=torch.optim, schedule=torch.schedule, batch=torch.batch) == torch
+    assert (tf.batch.size, tf.stop.max_steps, tf.context) == (256, 40_000, Context(192, 192))
 
 
 @pytest.mark.parametrize(("name", "lr", "eta_min", "warmup", "steps", "tokens"), [
