@@ -83,7 +83,7 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         _not("shards", "ranks take their streams from the one token file: nothing has to be cut"),
     ),
     "Optimizer": (
-        _set("optim", "optim.name=lamb", note="lamb, adamw, adam, sgd, adagrad; jitlamb is lamb"),
+        _set("optim", "optim.name=lamb", note="lamb (jitlamb too), adamw, adam, sgd, adagrad, muon"),
         _set("lr learning_rate", "optim.lr=0.01", note="the peak"),
         _set("base_lr", "optim.lr.base_lr=0.0002", note="cybertronai's configs: lr = base_lr x sequences a step / 32"),
         _set("mom momentum", "optim.momentum=0.9", note="sgd"),
