@@ -28,7 +28,6 @@ import torch
 from engine.checkpoint import CheckpointError
 from engine.cli import flag, misuse, parse
 from engine.config import Clock
-from engine.precision import precision_for
 from engine.task import Score
 from engine.values import BadValue, nearest, override
 from engine.world import World, world
@@ -41,7 +40,7 @@ from txl.model import Memory, TransformerXL
 from txl.protocol import STREAMS, Protocol
 from txl.task import evaluate
 from txl.text import count_words, unknown, words
-from txl.trained import Trained, restore
+from txl.trained import Trained, precision_of, restore
 
 MISSED = 3                                        # exit status: measured, but a target is not reached
 
@@ -86,7 +85,7 @@ def main(argv: list[str]) -> int:
     with world() as w:
         try:
             trained = restore(Path(flags.run), w)
-            with torch.no_grad(), precision_for(trained.recipe.precision, w.device).autocast():
+            with torch.no_grad(), precision_of(trained, w).autocast():
                 report, reached = _report(trained, flags, w)
         except (BadValue, DataError, CheckpointError) as error:
             print(error, file=sys.stderr)

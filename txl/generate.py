@@ -28,7 +28,7 @@ from txl.data import DataError
 from txl.model import Memory
 from txl.search import beam_search, chances
 from txl.text import TextStream, ends_in
-from txl.trained import Trained, restore
+from txl.trained import Trained, precision_of, restore
 
 
 @dataclass(frozen=True)
@@ -96,15 +96,8 @@ def main(argv: list[str]) -> int:
         except (BadValue, DataError, CheckpointError) as error:
             print(error, file=sys.stderr)
             return 1
-        if flags.beams is not None:
-            _print_beams(trained, prompts, flags, flags.beams)
-        elif len(prompts) * flags.batch == 1:
-            print(trained.corpus.vocab.decode(prompts[0]), end="", flush=True)
-            for _, text in sample(trained, prompts, flags):
-                print(text, end="", flush=True)
-            print()
-        else:
-            _print_samples(trained, prompts, flags)
+        with precision_of(trained, w).autocast():
+            _write(trained, prompts, flags)
     return 0
 
 
@@ -163,6 +156,18 @@ def _lines(flags: Flags) -> list[str]:
     if not lines:
         raise BadValue(f"{flags.prompts} is empty. --prompts takes a file, a prompt a line")
     return lines
+
+
+def _write(trained: Trained, prompts: list[list[int]], flags: Flags) -> None:
+    if flags.beams is not None:
+        _print_beams(trained, prompts, flags, flags.beams)
+    elif len(prompts) * flags.batch == 1:
+        print(trained.corpus.vocab.decode(prompts[0]), end="", flush=True)
+        for _, text in sample(trained, prompts, flags):
+            print(text, end="", flush=True)
+        print()
+    else:
+        _print_samples(trained, prompts, flags)
 
 
 def _print_samples(trained: Trained, prompts: list[list[int]], flags: Flags) -> None:

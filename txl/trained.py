@@ -1,10 +1,13 @@
 """A run read back, for whoever evaluates it or writes with it."""
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from engine import checkpoint
+from engine.precision import Precision, describe, precision_for
+from engine.values import BadValue
 from engine.weights import load_weights
 from engine.world import World
 from txl.config import Recipe
@@ -24,6 +27,18 @@ class Trained:
     @property
     def folder(self) -> Path:
         return self.checkpoint.path.parent.parent
+
+
+def precision_of(trained: Trained, w: World) -> Precision:
+    """What the run was trained in; where this device cannot do that, fp32, and a line that says so."""
+    name = trained.recipe.precision
+    try:
+        return precision_for(name, w.device)
+    except BadValue:
+        if w.leads:
+            print(f"The run was trained in {name}, which {describe(w.device)} cannot do: here it is fp32",
+                  file=sys.stderr)
+        return precision_for("fp32", w.device)
 
 
 def restore(path: Path, w: World) -> Trained:

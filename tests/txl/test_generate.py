@@ -1,7 +1,9 @@
 """Writing: by memory what the whole text would say, together what each would alone, and on the screen as it comes."""
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,11 +12,11 @@ import torch
 
 from engine.world import world
 from tests.txl.small import RECIPE, corpus
-from txl import generate
+from txl import evaluate, generate
 from txl.config import Context
 from txl.evaluate import token_nats
 from txl.generate import Flags, Rows
-from txl.model import TransformerXL
+from txl.model import Attention, TransformerXL
 from txl.trained import restore
 
 
@@ -170,3 +172,26 @@ def test_samples_repeat_with_their_seed_and_begin_with_the_prompt(run, capsys):
 def test_the_likeliest_continuation_is_what_the_text_always_says(run, capsys):
     generate.main([f"--run={run}", "--prompt=the quick", "--length=4", "--temperature=0"])
     assert capsys.readouterr().out.split() == ["the", "quick", "brown", "fox", "jumps", "over"]
+
+
+@pytest.mark.parametrize(("precision", "computed", "said"), [
+    ("bf16", torch.bfloat16, ""),
+    ("tf32", torch.float32, "The run was trained in tf32, which a CPU cannot do: here it is fp32\n")])
+def test_it_computes_as_the_run_was_trained_and_where_that_cannot_be_in_fp32(
+        run, tmp_path, capsys, monkeypatch, precision, computed, said):
+    copy, used = tmp_path / "copy", set()
+    shutil.copytree(run, copy)
+    recipe = json.loads((copy / "recipe.json").read_text())
+    (copy / "recipe.json").write_text(json.dumps(recipe | {"precision": precision}))
+    attention = Attention.forward
+
+    def watched(self, *args):
+        attended = attention(self, *args)
+        used.add(attended.dtype)
+        return attended
+    monkeypatch.setattr(Attention, "forward", watched)
+    for main, flags in ((generate.main, ["--length=3"]), (evaluate.main, ["--text=the quick fox"])):
+        assert main([f"--run={copy}", *flags]) == 0
+        assert used == {computed}
+        assert capsys.readouterr().err == said
+        used.clear()
