@@ -61,7 +61,8 @@ class Shuffled:
         return len(self._tokens)
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        at = np.searchsorted(self._new_ends, index, side="right")
+        # in the type of the ends: of another, all of them would be converted at every call
+        at = np.searchsorted(self._new_ends, index.astype(self._new_ends.dtype), side="right")
         to_end = self._new_ends[at].astype(np.int64) - index
         return self._tokens[self._ends[self._order[at]].astype(np.int64) - to_end]
 
