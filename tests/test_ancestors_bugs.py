@@ -68,6 +68,12 @@ data
       txl/test_batches.py::test_in_an_epochs_own_order_too_every_token_is_a_target_once_after_the_one_before_it
   P: a checkpoint of an epoch's first batch replays it
       txl/test_task.py::test_the_data_go_on_from_any_position
+  P: sentences in any order (lm1b) cannot be trained on; K: the last batch of them is dropped
+      txl/test_batches.py::test_one_stream_of_shuffled_sentences_is_the_originals
+      txl/test_batches.py::test_shuffled_streams_have_every_sentence_whole_once_and_in_another_order_each_epoch
+      txl/test_task.py::test_ranks_agree_on_the_order_of_sentences
+  H: git's texts are written under names that are not read
+      txl/test_folders.py::test_the_command_makes_texts_and_tokens_of_a_folder_and_says_what_it_did
   P: the number of ranks must divide the batch, else the mean is not weighted
       engine/test_loop.py::test_several_ranks_equal_one_rank_with_the_whole_batch
   H: tokens are counted on one rank
@@ -97,6 +103,12 @@ training
       engine/test_schedule.py::test_warmup_counts_the_step_being_taken_and_joins_what_follows
   O: the cosine begins with a jump
       engine/test_schedule.py::test_a_warmup_in_the_other_unit_gives_a_smooth_fall_whatever_the_batches_hold
+  O: the learning-rate finder does not end
+      engine/test_finder.py::test_through_the_loop_it_ends_by_itself_and_its_suggestion_is_stable
+  P: memory goes on from the end of one epoch into another order of the next
+      engine/test_loop.py::test_memory_begins_empty_with_each_epoch_and_only_then
+  P: no evaluation, no checkpoints
+      engine/test_clock.py::test_without_evaluation_and_test_neither_is_read_and_checkpoints_are_written
   O H: LAMB never moves what begins at zero
       engine/test_optim.py::test_a_tensor_of_zeros_moves_by_lr_times_adams_step
   O H: LAMB makes NaN of a step of zero
@@ -144,6 +156,8 @@ input
       engine/test_cli.py::test_misuse_is_said_on_stderr_and_ends_with_status_2
   P: so is an unknown key
       engine/test_values.py::test_json_that_does_not_fit_names_the_path_and_what_fits
+  all: options that nothing reads
+      txl/test_options.py::test_every_option_of_the_ancestors_has_its_answer_in_a_line
   K P: published commands fail
       test_launch.py::test_the_commands_at_the_top_of_the_file_can_be_copied
   O H: eval(args.config)

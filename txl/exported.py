@@ -14,6 +14,7 @@ import math
 import re
 import sys
 import unicodedata
+import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -37,18 +38,20 @@ class Score:
     @property
     def per_token(self) -> float:
         """Perplexity."""
-        return math.exp(sum(self.nats) / len(self.nats))
+        return _exp(sum(self.nats) / len(self.nats))
 
     @property
     def per_word(self) -> float:
         """Perplexity that can be compared between vocabularies."""
-        return math.exp(sum(self.nats) / self.words)
+        return _exp(sum(self.nats) / self.words)
 
 
 class LanguageModel:
     """`step` is the model itself: tokens [B, T] and State in; log p of every next token [B, T, V] and State out."""
 
     def __init__(self, path: str | Path, device: str = "cpu"):
+        if not zipfile.is_zipfile(path):
+            raise ValueError(f"{path} is not there, or is no exported model")
         extra = {ABOUT: ""}
         program = torch.export.load(str(path), extra_files=extra)
         if device != "cpu":
@@ -201,6 +204,10 @@ def _kind(character: str) -> str:
     return category if category in "LN" else "O"
 
 
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf
+
+
 def vocabulary(about: dict[str, Any]) -> Words | Bytes | BytePairs:
     kinds: dict[str, type[Words | Bytes | BytePairs]] = {
         "word": Words, "char": Characters, "byte": Bytes, "bpe": BytePairs}
@@ -224,7 +231,7 @@ def main(argv: list[str]) -> int:
         else:
             score = model.score(sys.stdin.read() if flags.text == "-" else flags.text)
             print(f"{len(score.nats)} tokens, {score.words} words: {sum(score.nats):.4f} nats, perplexity "
-                  f"{score.per_token:.3f} per token, {score.per_word:.3f} per word")
+                  f"{score.per_token:.5g} per token, {score.per_word:.5g} per word")
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -99,7 +100,10 @@ sys.exit(m.main(["--text", {text!r}]))""").splitlines()
     assert line.startswith(f"{len(nats)} tokens, {said[1]} words: ")
 
 
-def test_a_word_that_it_does_not_know_is_one_clear_line(alone, capsys):
+def test_what_it_cannot_read_is_one_clear_line(alone, capsys):
+    assert exported.main([f"--model={alone / 'absent.pt2'}", "--text=the fox"]) == 1
+    assert exported.main([f"--model={alone / 'm.py'}", "--text=the fox"]) == 1
+    assert re.fullmatch(r"(.* is not there, or is no exported model\n){2}", capsys.readouterr().err)
     assert exported.main([f"--model={alone / 'm.pt2'}", "--text=the zebra"]) == 1
     assert "'zebra' is not in the vocabulary" in capsys.readouterr().err
 
