@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import pre_tokenizers
 from torch.testing import assert_close
 
 from engine.world import World
@@ -129,6 +130,13 @@ def vocabularies(tmp_path_factory):
     return {"bpe": BpeVocab.train([path], 600), "byte": ByteVocab.make(), "word": WordVocab.count([path], max_size=50),
             "lower": WordVocab.count([path], lower_case=True, end="<S>", min_freq=2),
             "char": CharVocab.count([path], min_freq=2)}
+
+
+@pytest.mark.parametrize("text", [*TEXTS, Path(json.__file__).read_text()], ids=range(len(TEXTS) + 1))
+def test_a_text_is_cut_as_tokenizers_cuts_it(text):
+    """Pairs of this text's own never cross a cut, so tokens alone would not tell."""
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
+    assert exported.pieces(text) == [text[first:last] for _, (first, last) in cut]
 
 
 @pytest.mark.parametrize("kind", ["bpe", "byte", "word", "lower", "char"])
