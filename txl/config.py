@@ -223,16 +223,21 @@ def n_params(model: Model, n_token: int) -> int:
     attention = 3 * d * heads + heads * d + of_positions + 2 * d     # q, k, v; out; r or tables; norm
     feed_forward = 2 * d * model.d_inner + model.d_inner + d + 2 * d
     biases_uv = {"rel": 2, "shaw": 1}.get(model.attn_type, 0) * heads * (model.n_layer if model.untie_r else 1)
-    edges = (0, *model.cutoffs, n_token)
-    sizes = [high - low for low, high in itertools.pairwise(edges)]
-    tables = sum(size * model.d_embed_of(i if model.div_val > 1 else 0) for i, size in enumerate(sizes))
+    tables = table_params(model, n_token)
     clusters = len(model.cutoffs) * (model.d_embed_of(0) + 1)
     projected = model.div_val > 1 or model.d_embed_of(0) != d
-    in_projs = [d * model.d_embed_of(i) for i in range(len(sizes) if model.div_val > 1 else 1)] if projected else []
-    out_projs = [d * model.d_embed_of(i if model.div_val > 1 else 0) for i in range(len(sizes))
+    in_projs = [d * model.d_embed_of(i) for i in range(len(tables) if model.div_val > 1 else 1)] if projected else []
+    out_projs = [d * model.d_embed_of(i if model.div_val > 1 else 0) for i in range(len(tables))
                  if projected and not model.ties_proj(i)]
     return (model.n_layer * (attention + feed_forward) + biases_uv + (2 * d if model.final_lnorm else 0)
-            + tables * (1 if model.tie_weight else 2) + n_token + clusters + sum(in_projs) + sum(out_projs))
+            + sum(tables) * (1 if model.tie_weight else 2) + n_token + clusters + sum(in_projs) + sum(out_projs))
+
+
+def table_params(model: Model, n_token: int) -> tuple[int, ...]:
+    """Of those, the embedding's table by cluster, the head first. If it is not tied, the softmax has as many more."""
+    edges = (0, *model.cutoffs, n_token)
+    return tuple((high - low) * model.d_embed_of(i if model.div_val > 1 else 0)
+                 for i, (low, high) in enumerate(itertools.pairwise(edges)))
 
 
 def flops_per_token(model: Model, context: Context, n_token: int) -> float:
