@@ -177,7 +177,7 @@ def checked(assumed: Assumptions) -> Iterator[str]:
 def points_of(series: Series, assumed: Assumptions) -> Iterator[tuple[int, float]]:
     """GPUs and predicted tokens/s, of the first as published."""
     links = LINKS[series.kind].links
-    work = Workload(CONFIGS[series.config].recipe, series.sequences, 1)
+    work = Workload(cast(Recipe, CONFIGS[series.config].recipe), series.sequences, 1)
     exchange = work.gradients(series.bits).dense()
 
     def shape(gpus: int) -> dict[str, int]:
