@@ -86,7 +86,7 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
         _set("optim", "optim.name=lamb", note="lamb (jitlamb too), adamw, adam, sgd, adagrad, muon"),
         _set("lr learning_rate", "optim.lr=0.01", note="the peak"),
         _set("base_lr", "optim.lr.base_lr=0.0002", note="cybertronai's configs: lr = base_lr x sequences a step / 32"),
-        _set("mom momentum", "optim.momentum=0.9", note="sgd"),
+        _set("mom momentum", "optim.momentum=0.9", note="sgd and muon"),
         _set("wd weight_decay", "optim.weight_decay=0.01", note="of all parameters, as theirs"),
         _set("clip", "optim.clip=0.25", note="global norm of the gradient; none: no clipping; theirs 0"),
         _not("clip_nonemb", "read nowhere in any ancestor; optim.clip is of all gradients"),
