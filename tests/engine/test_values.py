@@ -76,7 +76,7 @@ def test_one_field_of_a_learning_rate_rule_can_be_overridden():
     ("recipe.optim.lr=fast", "recipe.optim.lr takes a number or LinearLr, not 'fast'"),
     ("recipe.optim.lr=nan", "recipe.optim.lr takes a number or LinearLr, not 'nan'"),
     ("recipe.optim.lr=-1", "recipe.optim.lr=-1: lr, weight_decay and eps must not be negative"),
-    ("recipe.optim.name=lam", "must be one of lamb, adamw, adam, sgd, adagrad, not 'lam'. Did you mean 'lamb'?"),
+    ("recipe.optim.name=lam", "must be one of lamb, adamw, adam, sgd, adagrad, muon, not 'lam'. Did you mean 'lamb'?"),
     ("recipe.optim=adam", "recipe.optim is a group of fields; set one of them: recipe.optim.name"),
     ("recipe.seed.x=1", "recipe.seed.x: seed is 1111 and has no fields of its own"),
     ("recipe.stop.max_steps=1.5", "recipe.stop.max_steps takes a whole number or none, not '1.5'"),
