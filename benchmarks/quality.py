@@ -78,12 +78,12 @@ def main(argv: list[str]) -> int:
     threads = max(1, (os.cpu_count() or 1) // flags.jobs)
     with ThreadPoolExecutor(flags.jobs) as pool:
         losses = list(pool.map(lambda run: trained(run[0], run[1], threads), runs))
-    command = " ".join(word for word in argv if word != "--record")
+    command = f"`{words}`" if (words := " ".join(word for word in argv if word != "--record")) else "no flags"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
     print(HEADING)
     for name, recipe in recipes.items():
         ppls = [math.exp(loss) for (of, _), loss in zip(runs, losses) if of == name]
-        row = (f"| {time.strftime('%Y-%m-%d')} | {commit()} | `{command}` | {name} | "
+        row = (f"| {time.strftime('%Y-%m-%d')} | {commit()} | {command} | {name} | "
                f"{n_params(recipe.model, n_token):,} | {tokens(recipe):,} | {flags.seeds} | {spread(ppls)} | "
                f"{device}, torch {torch.__version__} |")
         print(row)

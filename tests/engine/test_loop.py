@@ -455,7 +455,7 @@ def test_tensorboard_has_cybertronais_tags_over_global_tokens(tmp_path):
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_layers_lose_what_plain_ones_lose(tmp_path):
     data = corpus()
-    data.splits["test"] = data.splits["test"][:96]             # 3 streams of 4 whole segments: each shape is a compilation
+    data.splits["test"] = data.splits["test"][:96]             # whole segments: each shape is a compilation
     recipe = replace(PLAIN, stop=Stop(max_steps=6), clock=replace(PLAIN.clock, eval_interval=None))
     train_here(tmp_path / "plain", recipe, data)
     train_here(tmp_path / "compiled", replace(recipe, clock=replace(recipe.clock, compile=True)), data)
