@@ -138,6 +138,50 @@ test_8_p4d = Config(test_8.recipe, Machines("p4d.24xlarge", count=8), THROUGHPUT
 test_16_p4d = Config(test_16.recipe, Machines("p4d.24xlarge", count=16), THROUGHPUT_P4D,
                      "test_16's recipe on 128 A100, to compare with its 983.7 sequences/s.")
 
+# Its later configs, by the last state of its launch.py, which does not run; so no result was published. Those that
+# go on from its own checkpoints, which are gone, are these with init_from and a shorter warm-up.
+LATER_BASE = replace(
+    CYBERTRONAI_BASE, stop=Stop(max_tokens=1_500_000_000), schedule=Schedule("cosine", eta_min_ratio=.1),
+    clock=Clock(log_interval=100, eval_interval=500))
+LATER_LARGE = replace(
+    LATER_BASE, model=replace(CYBERTRONAI_LARGE.model, cutoffs=WT103_CUTOFFS, div_val=4), batch=Batch(local_size=16),
+    context=CYBERTRONAI_LARGE.context, eval_context=CYBERTRONAI_LARGE.eval_context)
+LATER_GIT = replace(
+    LATER_LARGE, model=replace(LATER_LARGE.model, cutoffs=(), div_val=1),
+    data=replace(WT103_BPE, dataset="git", dir="data/git"), schedule=Schedule("constant", warmup_tokens=50_000_000))
+LATER_WIKI = replace(
+    LATER_GIT, data=replace(LATER_GIT.data, dataset="wiki", dir="data/wiki"),
+    model=replace(LATER_GIT.model, dropout=.1, dropatt=.1))
+# recipe, machines, their kind, sequences a GPU, base_lr
+LATER: dict[str, tuple[Recipe, int, str, int, float]] = {
+    "one_machine_fp16": (LATER_BASE, 1, "p3dn.24xlarge", 96, .000125 * 5 / 3),
+    "one_machine_fp16_2xlr": (LATER_BASE, 1, "p3dn.24xlarge", 96, .000125 * 5 / 3 * 2),
+    "one_machine_fp16_4xlr": (LATER_BASE, 1, "p3dn.24xlarge", 96, .000125 * 5 / 3 * 4),
+    "one_machine_fp16_8xlr": (LATER_BASE, 1, "p3dn.24xlarge", 96, .000125 * 5 / 3 * 8),
+    "one_machine_fp16_small": (LATER_BASE, 1, "p3.16xlarge", 48, .000125 * 5 / 6),
+    "two_machines_fp16": (LATER_BASE, 2, "p3dn.24xlarge", 96, .000125 * 5 / 3),
+    "one_machine_fp16_large": (LATER_LARGE, 1, "p3dn.24xlarge", 16, .00025),
+    "four_machine_fp16_large": (LATER_LARGE, 4, "p3dn.24xlarge", 16, .00025),
+    "eight_machine_fp16_large": (LATER_LARGE, 8, "p3dn.24xlarge", 16, .00025),
+    "one_small_machine": (LATER_LARGE, 1, "p3.16xlarge", 6, .00025),
+    "one_small_machine_wiki": (LATER_WIKI, 1, "p3.16xlarge", 6, .00025),
+    "one_tiny_machine_git": (LATER_GIT, 1, "p3.2xlarge", 6, .00025),
+    "one_small_machine_git": (LATER_GIT, 1, "p3.16xlarge", 6, .00025),
+    "one_machine_git": (LATER_GIT, 1, "p3dn.24xlarge", 18, .00025),
+}
+
+
+def later(name: str) -> Config:
+    """A row of LATER."""
+    recipe, machines, kind, per_gpu, base_lr = LATER[name]
+    return Config(
+        replace(recipe, batch=Batch(local_size=per_gpu), optim=replace(LAMB, lr=LinearLr(base_lr, 32))),
+        Machines(kind, count=machines), "cybertronai's later configs",
+        "Its authors say that it gives NaN after 30 seconds." if name.endswith("8xlr") else "No result was published.")
+
+
+LATER_CONFIGS = {name: later(name) for name in LATER}
+
 # --- NVIDIA: the best published training of these models ---------------------------------------------------------
 
 # `size` is over all GPUs and `micro_size` what NVIDIA let one GPU take at a time; its batch_chunk follows from the two
@@ -398,4 +442,4 @@ demo_wt103 = Config(
     replace(DEMO, model=replace(DEMO.model, cutoffs=WT103_CUTOFFS, div_val=4), data=WT103),
     Machines(LOCAL), HERE, "demo on wikitext-103 and its 267,735 words. Nothing was published.")
 
-CONFIGS = {name: x for name, x in globals().items() if isinstance(x, Config)} | ON_DGX
+CONFIGS = {name: x for name, x in globals().items() if isinstance(x, Config)} | ON_DGX | LATER_CONFIGS

@@ -52,6 +52,35 @@ def test_cybertronais_configs_have_its_numbers_on_both_kinds_of_machine(name, su
     assert recipe == CONFIGS[name].recipe         # the twin differs in its machines alone
 
 
+LATER = {                # of its last launch.py: machines, sequences per GPU, lr, warm-up tokens, lr at the end over lr
+    "one_machine_fp16": (1, 96, .005, 0, .1), "one_machine_fp16_2xlr": (1, 96, .010, 0, .1),
+    "one_machine_fp16_4xlr": (1, 96, .020, 0, .1), "one_machine_fp16_8xlr": (1, 96, .040, 0, .1),
+    "one_machine_fp16_small": (1, 48, .00125, 0, .1), "two_machines_fp16": (2, 96, .010, 0, .1),
+    "one_machine_fp16_large": (1, 16, .001, 0, .1), "four_machine_fp16_large": (4, 16, .004, 0, .1),
+    "eight_machine_fp16_large": (8, 16, .008, 0, .1), "one_small_machine": (1, 6, .000375, 0, .1),
+    "one_small_machine_wiki": (1, 6, .000375, 50e6, 1), "one_tiny_machine_git": (1, 6, .000046875, 50e6, 1),
+    "one_small_machine_git": (1, 6, .000375, 50e6, 1), "one_machine_git": (1, 18, .001125, 50e6, 1),
+}
+
+
+@pytest.mark.parametrize("name", LATER)
+def test_cybertronais_later_configs_have_its_numbers(name):
+    machines, per_gpu, lr, warmup, end = LATER[name]
+    config = CONFIGS[name]
+    recipe, total = config.recipe, config.recipe.batch.total(machines * config.machines.gpus_per_machine)
+    assert (config.machines.count, recipe.batch.local_size, recipe.precision) == (machines, per_gpu, "fp16")
+    peak = recipe.optim.peak_lr(total)
+    assert peak == pytest.approx(lr, rel=1e-6)
+    assert recipe.stop.max_tokens == 1.5e9
+    for tokens, expected in ((1e6, 1e6 / warmup if warmup else 1), (1.5e9 - 1, end)):
+        at = lr_at(recipe.schedule, peak, recipe.stop, step=9, tokens=int(tokens), tokens_after=int(tokens),
+                   valid_losses=[])
+        assert at == pytest.approx(expected * lr, rel=1e-4)
+    assert recipe.params == {"fp16": 186_707_162, "git": 297_048_145, "wiki": 297_048_145}.get(
+        next(part for part in reversed(name.split("_")) if part in ("fp16", "large", "git", "wiki", "machine")),
+        285_170_506)
+
+
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_parameter_counts_are_those_of_the_published_models(name):
     assert CONFIGS[name].recipe.params == PARAMETERS[name]

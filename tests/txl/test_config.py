@@ -53,7 +53,11 @@ def made(recipe) -> Data:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_what_prepares_the_inputs_of_a_config_makes_exactly_its_tokens(name):
-    assert made(CONFIGS[name].recipe) == CONFIGS[name].recipe.data
+    recipe = CONFIGS[name].recipe
+    if recipe.data.dataset in ("git", "wiki"):
+        assert recipe.prepare is None             # a folder of one's own: nobody else has it
+    else:
+        assert made(recipe) == recipe.data
 
 
 @pytest.mark.parametrize("wanted", [
