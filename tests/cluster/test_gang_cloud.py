@@ -91,7 +91,10 @@ def rules_of_port_22() -> set[str]:
 
 
 def terms_of(bench: Bench, machine: Machine) -> dict[str, Any]:
-    return json.loads((bench.hosts[machine.id].root / "var/lib/txl/terms.json").read_text())
+    """What its watchdog goes by, once the machine has booted so far."""
+    path = bench.hosts[machine.id].root / "var/lib/txl/terms.json"
+    until(path.exists)
+    return json.loads(path.read_text())
 
 
 @pytest.fixture
