@@ -57,7 +57,40 @@ def clip_(parameters: Iterable[Tensor], max_norm: float | None) -> tuple[Tensor,
     return total, norms
 
 
-class Lamb(torch.optim.Optimizer):
+class _MultiTensor(torch.optim.Optimizer):
+    """A step for all tensors of a group at once."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
+        self._move([(group, params) for group, params in groups if params])
+        return loss
+
+    def _move(self, groups: list[tuple[dict, list[Tensor]]]) -> None:
+        """Groups, and those of their parameters that have gradients."""
+        raise NotImplementedError
+
+    def _adamw(self, weights: list[Tensor], params: list[Tensor], group: dict, *, lr: float | Tensor,
+               weight_decay: float, first_step: float = 0.0) -> None:
+        """torch's fused AdamW by the gradients and moments of `params`, added to `weights`. `first_step`: where the
+        count of a parameter's steps begins."""
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(step=torch.full((), first_step, device=p.device), exp_avg=torch.zeros_like(p),
+                                     exp_avg_sq=torch.zeros_like(p))
+        grads = [_laid_out_like(p, p.grad) for p in params if p.grad is not None]
+        m, v, steps = ([self.state[p][x] for p in params] for x in ("exp_avg", "exp_avg_sq", "step"))
+        beta1, beta2 = group["betas"]
+        torch._foreach_add_(steps, 1)
+        torch._fused_adamw_(weights, grads, m, v, [], steps, lr=lr, beta1=beta1, beta2=beta2,
+                            weight_decay=weight_decay, eps=group["eps"], amsgrad=False, maximize=False)
+
+
+class Lamb(_MultiTensor):
     """Layer-wise adaptive moments: Adam whose step in each tensor is a fraction lr of the tensor's own norm.
 
     For each tensor w with gradient g, at the t-th gradient of that tensor:
@@ -91,18 +124,11 @@ class Lamb(torch.optim.Optimizer):
                                 "Keep the parameters in float32 and compute under autocast.")
         self.norms: dict[str, Tensor] = {}
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        moved = [self._step(group) for group in self.param_groups if any(p.grad is not None for p in group["params"])]
+    def _move(self, groups: list[tuple[dict, list[Tensor]]]) -> None:
+        moved = [self._step(params, group) for group, params in groups]
         self.norms = {name: torch.cat([norms[name] for norms in moved]) for name in (moved[0] if moved else ())}
-        return loss
 
-    def _step(self, group: dict) -> dict[str, Tensor]:
-        params = [p for p in group["params"] if p.grad is not None]
+    def _step(self, params: list[Tensor], group: dict) -> dict[str, Tensor]:
         updates = self._updates(params, group)
         weight_norm, update_norm = (torch.stack(torch._foreach_norm(x)) for x in (params, updates))
         trust = torch.ones_like(weight_norm)
@@ -120,26 +146,13 @@ class Lamb(torch.optim.Optimizer):
         torch's fused AdamW adds its step, at a learning rate of -1, to what it takes for weights and is weight_decay·w:
         one pass over gradients and moments, and the one temporary is r.
         """
-        grads = [_laid_out_like(p, p.grad) for p in params if p.grad is not None]
-        states = [self._state(p, group) for p in params]
-        m, v, steps = ([state[x] for state in states] for x in ("exp_avg", "exp_avg_sq", "step"))
-        beta1, beta2 = group["betas"]
         updates = list(torch._foreach_mul(params, group["weight_decay"]))
-        torch._foreach_add_(steps, 1)
-        torch._fused_adamw_(updates, grads, m, v, [], steps, lr=-1.0, beta1=beta1, beta2=beta2, weight_decay=0.0,
-                            eps=group["eps"], amsgrad=False, maximize=False)
+        begin = 0.0 if group["bias_correction"] else math.inf          # where β^t is 0, and the correction none
+        self._adamw(updates, params, group, lr=-1.0, weight_decay=0.0, first_step=begin)
         return updates
 
-    def _state(self, p: Tensor, group: dict) -> dict:
-        state = self.state[p]
-        if not state:
-            begin = 0.0 if group["bias_correction"] else math.inf          # where β^t is 0, and the correction none
-            state.update(step=torch.full((), begin, device=p.device), exp_avg=torch.zeros_like(p),
-                         exp_avg_sq=torch.zeros_like(p))
-        return state
 
-
-class Muon(torch.optim.Optimizer):
+class Muon(_MultiTensor):
     """Steps of the layers' matrices that are orthogonal, so that no direction of a gradient drowns the others; AdamW
     for all else: embeddings, softmax, norms, biases.
 
@@ -162,47 +175,29 @@ class Muon(torch.optim.Optimizer):
                                  "momentum": momentum, "fused": True})
         self._matrices = {p for name, p in named if p.ndim == 2 and name.startswith("layers.")}
 
-    @torch.no_grad()
-    def step(self, closure=None):
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            self._move([p for p in params if p in self._matrices], group)
-            self._adamw([p for p in params if p not in self._matrices], group)
-        return loss
+    def _move(self, groups: list[tuple[dict, list[Tensor]]]) -> None:
+        for group, params in groups:
+            by_shape: dict[torch.Size, list[Tensor]] = {}
+            for p in params:
+                if p in self._matrices:
+                    by_shape.setdefault(p.shape, []).append(p)
+            for alike in by_shape.values():
+                self._turn(alike, group)
+            if rest := [p for p in params if p not in self._matrices]:
+                self._adamw(rest, rest, group, lr=group["lr"], weight_decay=group["weight_decay"])
 
-    def _move(self, params: list[Tensor], group: dict) -> None:
-        if not params:
-            return
+    def _turn(self, params: list[Tensor], group: dict) -> None:
+        """A step of matrices of one shape: one product for all of them."""
         for p in params:
-            self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+            if not self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [p.grad for p in params if p.grad is not None]
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, momenta, group["momentum"])
+        steps = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])))
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
-        for shape in dict.fromkeys(p.shape for p in params):          # one product for all that are alike
-            alike = [i for i, p in enumerate(params) if p.shape == shape]
-            steps = orthogonal(torch.stack([updates[i] for i in alike]))
-            torch._foreach_add_([params[i] for i in alike], list(steps.unbind()),
-                                alpha=-0.2 * math.sqrt(max(shape)) * group["lr"])
-
-    def _adamw(self, params: list[Tensor], group: dict) -> None:
-        if not params:
-            return
-        for p in params:
-            if not self.state[p]:
-                self.state[p].update(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
-                                     exp_avg_sq=torch.zeros_like(p))
-        grads = [_laid_out_like(p, p.grad) for p in params if p.grad is not None]
-        m, v, steps = ([self.state[p][x] for p in params] for x in ("exp_avg", "exp_avg_sq", "step"))
-        beta1, beta2 = group["betas"]
-        torch._foreach_add_(steps, 1)
-        torch._fused_adamw_(params, grads, m, v, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
-                            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False)
+        torch._foreach_add_(params, list(steps.unbind()),
+                            alpha=-0.2 * math.sqrt(max(params[0].shape)) * group["lr"])
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
