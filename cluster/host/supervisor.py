@@ -124,13 +124,16 @@ class Job:
         self.tensorboard = Companion(launch.tensorboard, self.env, run_dir / "logs" / "tensorboard.log")
         self.mirror = Companion(launch.mirror, unmarked, run_dir / "logs" / f"bucket-{node}.log")
         log.write(f"{LAUNCHED} {time.strftime('%Y-%m-%d %H:%M:%S %z')}: {shlex.join(launch.command)}\n".encode())
+        stops = signal.SIGTERM, signal.SIGINT
+        signal.pthread_sigmask(signal.SIG_BLOCK, stops)           # until they can be handed on
         self.command = _spawn(launch.command, self.env, log, keep=[lock])      # nothing else starts while it lives
+        for stop in stops:
+            signal.signal(stop, lambda *_: self.command.terminate())
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
         self.beat()
 
     def follow(self) -> int:
         """Until the command has ended: the exit status as subprocess gives it."""
-        for sign in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(sign, lambda *_: self.command.terminate())
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGHUP])
         while self.command.poll() is None:
             self.tensorboard.keep()

@@ -215,6 +215,11 @@ def test_sigterm_to_the_supervisor_lets_the_command_end_in_its_own_way(node):
     assert node.log.splitlines()[-1] == "asked"
 
 
+def test_a_sigterm_that_comes_as_the_command_begins_is_handed_on_too(node):
+    node.starts("trap 'exit 7' TERM; kill -TERM $PPID; while :; do sleep 0.05; done")
+    assert ended(node) == 7
+
+
 def test_when_the_supervisor_is_killed_the_command_is_asked_to_end(node):
     process = node.starts(ASKED)
     node.logs("here")
@@ -281,7 +286,7 @@ def test_a_tmux_session_shows_the_log_and_its_end_harms_nothing(node):
     node.env["TXL_TMUX"] = "1"
 
     def tmux(*words: str) -> str:
-        return subprocess.run(["tmux", *words], env=node.env, capture_output=True, text=True, timeout=10).stdout
+        return subprocess.run(["tmux", *words], env=node.env, capture_output=True, text=True, timeout=120).stdout
 
     node.starts("echo here; trap 'echo asked; exit 7' TERM; while :; do sleep 0.05; done")
     until(lambda: "here" in tmux("capture-pane", "-p", "-t", "txl-x_1").splitlines())
