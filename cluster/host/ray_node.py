@@ -108,6 +108,7 @@ class Ray:
     def __init__(self, seat: Seat):
         ray_keeper.adopt_orphans()
         self._seat, self._until = seat, time.monotonic() + JOIN_S
+        self.ended = ""                           # how it did, if it has been started again
         self._folder = Path(tempfile.mkdtemp(prefix="txl-ray-", dir="/tmp"))      # names of sockets are short
         self._start()
 
@@ -123,9 +124,10 @@ class Ray:
         if self._process.poll() is None:
             return
         words = (self._folder / "log").read_text(errors="replace")
+        said = f"Ray has ended on this machine, with status {self._process.returncode}. Its last words:"
+        self.ended = "\n  ".join([said, *words.splitlines()[-8:]])
         if RUNS in words or time.monotonic() > self._until:
-            said = f"Ray has ended on this machine, with status {self._process.returncode}. Its last words:"
-            raise Failed("\n  ".join([said, *words.splitlines()[-8:]]))
+            raise Failed(self.ended)
         ray_keeper.end_descendants()
         self._start()
 
@@ -183,8 +185,8 @@ def joined(seat: Seat, ray: Ray, asked: threading.Event) -> list[RayNode]:
             return there
         ray.check()
         if time.monotonic() > deadline:
-            raise Failed(f"After {JOIN_S} s {len(there)} of {seat.count} machines have joined Ray. The other machines' "
-                         f"logs say why.")
+            raise Failed(f"After {JOIN_S} s {len(there)} of {seat.count} machines have joined Ray. "
+                         f"{ray.ended or 'The logs of the other machines say why.'}")
         time.sleep(LOOK_S / 4)
     return []
 
