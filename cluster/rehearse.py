@@ -42,6 +42,8 @@ def main(config: Config, drill: str | None = None, more: Sequence[str] = ()) -> 
             f"  {name:<16} {act.__doc__}" for name, act in DRILLS.items()))
     folder = Path(tempfile.mkdtemp(prefix="txl-rehearsal-"))
     print(f"A rehearsal in {folder}: no account, no cost. Its spot prices are made up.\n", flush=True)
+    if Path("data").is_dir():                     # else node 0 makes its data
+        (folder / "data").symlink_to(Path("data").resolve())
     try:
         with Bench(folder) as bench:
             stage = Stage(bench, folder, config, more)

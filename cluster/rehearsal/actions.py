@@ -315,10 +315,11 @@ class Actions(EC2Response):
 
     def _check_profile(self) -> None:
         asked = self._get_param("IamInstanceProfile") or {}
+        missed = bool(asked and self.world.profile_misses)
+        self.world.profile_misses -= missed
         for name, value in asked.items():
             profile = profile_named(value.rpartition("/")[2])
-            age_s = time.time() - profile.create_date.replace(tzinfo=timezone.utc).timestamp() if profile else 0
-            if profile is None or age_s < self.world.profile_hidden_s:
+            if profile is None or missed:
                 raise Refusal("InvalidParameterValue", f"Value ({value}) for parameter iamInstanceProfile."
                               f"{name.lower()} is invalid. Invalid IAM Instance Profile {name.lower()}")
 

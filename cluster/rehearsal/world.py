@@ -127,7 +127,7 @@ class World:
         self.boot_s = 0.3
         self.shutdown_s = 0.3
         self.hidden_s = 0.0                       # how long a new machine is unknown to all other calls
-        self.profile_hidden_s = 0.0               # how long RunInstances does not know a new instance profile
+        self.profile_misses = 0                   # how many RunInstances will not know their instance profile yet
         self.address_limit = 5                    # EC2's default quota of elastic addresses
         self.reuse_addresses = False              # of machines that are gone, as EC2 does
         self.machines: dict[str, Machine] = {}

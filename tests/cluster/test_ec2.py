@@ -629,7 +629,7 @@ def test_credentials_that_expire_on_the_way_stop_at_once(cloud, aws):
 
 @pytest.fixture
 def hasty(monkeypatch):
-    monkeypatch.setattr(ec2, "READ_S", .2)
+    monkeypatch.setattr(ec2, "READ_S", 5)
     monkeypatch.setattr(ec2, "READS", ec2.ONCE)
 
 
@@ -647,7 +647,7 @@ def test_a_socket_that_hangs_is_given_up(hasty):
             environment(f"http://127.0.0.1:{silent.getsockname()[1]}"), \
             pytest.raises(Refused, match="AWS does not answer"):
         Cloud()
-    assert time.monotonic() - begun < 5
+    assert time.monotonic() - begun < 50          # botocore itself would wait for 60
 
 
 def test_a_page_that_is_no_answer_of_aws_is_no_answer(hasty):
@@ -658,7 +658,7 @@ def test_a_page_that_is_no_answer_of_aws_is_no_answer(hasty):
 
 def test_a_launch_that_hangs_may_have_happened(aws, hasty):
     cloud = Cloud()
-    aws.fail("RunInstances", hang_s=1)
+    aws.fail("RunInstances", hang_s=10)
     with pytest.raises(CallFailed, match="ReadTimeoutError") as failed:
         cloud.run_instances(request_of())
     assert failed.value.verdict == "unreachable"

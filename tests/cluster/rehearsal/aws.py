@@ -64,7 +64,7 @@ class refused:
         return True
 
 
-def eventually(true: Callable[[], Any], seconds: float = 10) -> None:
+def eventually(true: Callable[[], Any], seconds: float = 120) -> None:
     deadline = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < deadline, "it never came true"

@@ -35,7 +35,7 @@ def test_the_environment_leads_to_the_rehearsal_and_to_nothing_of_the_users(benc
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     script = "import boto3; print(boto3.client('sts').get_caller_identity()['Arn'])"
     asked = subprocess.run([sys.executable, "-c", script], env=bench.env, capture_output=True, text=True,
-                           timeout=30)
+                           timeout=120)
     assert asked.stdout == "arn:aws:sts::123456789012:user/moto\n", asked.stderr
     assert not {"AWS_PROFILE", "AWS_SESSION_TOKEN"} & {*bench.env}
     assert Path(bench.env["TXL_HOME"]).is_relative_to(bench.folder)
@@ -171,7 +171,7 @@ def test_a_rehearsal_says_what_it_needs(tmp_path):
     (tmp_path / "moto.py").write_text("raise ImportError('No module named moto')")
     script = ("from pathlib import Path\nfrom cluster.rehearsal.bench import Bench\nprint('imported')\n"
               "try:\n    Bench(Path('b')).__enter__()\nexcept RuntimeError as error:\n    print(error)")
-    said = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=20,
+    said = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120,
                           env=os.environ | {"PYTHONPATH": f"{tmp_path}:{CHECKOUT}"})
     assert said.stdout.startswith("imported\nA rehearsal needs moto"), said
     assert "pip install -r requirements.txt" in said.stdout
