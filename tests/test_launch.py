@@ -222,11 +222,12 @@ OPTIONS = ["--config=tiny", "--set=recipe.eval_streams=64", "--set=recipe.stop.m
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def here(tmp_path_factory, stdlib):
     """A folder with the prepared data and the run `straight`, which nothing disturbed."""
     folder = tmp_path_factory.mktemp("front-door")
+    (folder / "data").symlink_to(stdlib)
     done = launcher(folder, "--name=straight", *OPTIONS)
-    out, _ = done.communicate(timeout=120)
+    out, _ = done.communicate(timeout=600)
     assert done.returncode == 0, out
     return folder
 
@@ -265,7 +266,7 @@ def test_a_run_whose_power_failed_goes_on_and_ends_where_the_undisturbed_one_did
     first.communicate(timeout=60)
 
     second = launcher(here, "--name=disturbed", *OPTIONS)
-    out, _ = second.communicate(timeout=120)
+    out, _ = second.communicate(timeout=600)
     assert second.returncode == 0, out
     assert re.search(r"goes on from step [24681]\d*0", out)
     assert perplexity(here, "disturbed") == perplexity(here, "straight")

@@ -43,7 +43,8 @@ def test_a_rehearsal_trains_on_two_machines_and_leaves_nothing(tmp_path):
     ("throttled", "Finished at step 60", (10 / 60, 15 / 60)),
     ("budget", "not 10 minutes more at", (18 / 60, 25 / 60)),
 ])
-def test_a_drill_ends_as_it_should_and_leaves_nothing(drill, says, alive_h, tmp_path):
+def test_a_drill_ends_as_it_should_and_leaves_nothing(drill, says, alive_h, tmp_path, stdlib):
+    (tmp_path / "data").symlink_to(stdlib)
     done = rehearsed("--config=test_2", f"--drill={drill}", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     assert says in done.stdout + done.stderr

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 
-def until(condition, limit_s: float = 20):
+def until(condition, limit_s: float = 120):
     """What `condition` returns once it holds; fails where it does not in time."""
     end = time.monotonic() + limit_s
     while not (result := condition()):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 import zipfile
@@ -12,6 +11,7 @@ from cluster import ladder
 from cluster.rehearsal.bench import Bench
 from tests.cluster.launching import until
 from tests.cluster.sshd import machines
+from tests.once import once
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +51,7 @@ def bench(stage, tmp_path, monkeypatch) -> Iterator[Bench]:
 def by_hand(tmp_path_factory) -> list[tuple[str, int, float]]:
     """The curve of the contract's recipe with two ranks, by torchrun alone: once, for all workers."""
     from tests.cluster.test_contract import curve, train_by_hand
-    root = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        root = root.parent                        # which they share
-    with open(root / "by-hand.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (root / "by-hand").exists():
-            train_by_hand(root / "by-hand.partial")
-            (root / "by-hand.partial").rename(root / "by-hand")
-    return curve(root / "by-hand/runs/x")
+    return curve(once(tmp_path_factory, "by-hand", train_by_hand) / "runs/x")
 
 
 @pytest.fixture(scope="module")

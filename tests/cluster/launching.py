@@ -17,7 +17,7 @@ from cluster.rehearsal.bench import Bench
 from cluster.run import Stopped
 from engine.cli import parse
 
-SETTLE_S = 10                                     # for a machine that has just booted to start its watchdog
+SETTLE_S = 120                                    # the most that anything here is waited for
 
 
 class Person:

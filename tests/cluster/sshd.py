@@ -88,7 +88,7 @@ class Machine:
         log.touch()
         before = self.log.count("Server listening")
         self.process = sshd.start(self.folder / "config", log)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 120
         while self.log.count("Server listening") == before:
             assert self.process.poll() is None, self.log
             assert time.monotonic() < deadline, self.log

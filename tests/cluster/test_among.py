@@ -39,7 +39,7 @@ def test_those_that_fail_hang_or_are_gone_are_named_with_the_reason_and_the_othe
     them[2].stop()
     began = time.monotonic()
     said = [answer.said for answer in among.ask(shells, "echo $node; [ $node = 0 ] || exec sleep 60", timeout_s=2)]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50          # of the 60 that it would take
     assert said[0] == Result(0, "0\n", "")
     assert isinstance(said[1], TimedOut)
     assert isinstance(said[2], Unreachable)
@@ -76,7 +76,7 @@ def test_a_question_that_hangs_can_be_interrupted(them):
     shells, began = among.acquaint(them.shells), time.monotonic()
     with pytest.raises(Interrupted):
         among.run(shells, "sleep 60", timeout_s=70, interrupted=lambda: time.monotonic() - began > 1)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 50          # of the 60 that it would take
 
 
 def test_when_each_has_answered_is_known_although_all_answers_come_at_once(them):

@@ -49,7 +49,7 @@ class Machine:
         hook = self.root / "hook"
         hook.write_text(parts(limits)["text/cloud-boothook"])
         done = subprocess.run([*shell, str(hook)], env={"TXL_ROOT": str(self.root), "PATH": self.path}, cwd="/",
-                              capture_output=True, text=True, timeout=20)
+                              capture_output=True, text=True, timeout=120)
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
     def read(self, name: str):
@@ -186,5 +186,5 @@ def test_with_systemd_there_is_a_unit_for_every_boot_and_a_timer_beside_it(machi
         "systemd-run --no-block --unit=txl-last --on-active=5401 systemctl poweroff --force"]
     if shutil.which("systemd-analyze"):
         verdict = subprocess.run(["systemd-analyze", "verify", str(tmp_path / "txl-watchdog.service")],
-                                 capture_output=True, text=True, timeout=20)
+                                 capture_output=True, text=True, timeout=120)
         assert "txl-watchdog" not in verdict.stderr

@@ -210,7 +210,7 @@ def test_ctrl_c_while_the_account_is_asked_is_answered_in_a_line(bench):
     launcher = process(bench)
     assert asked.wait(30)
     launcher.send_signal(signal.SIGINT)
-    said = launcher.communicate(timeout=30)[0]
+    said = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 130
     assert said.endswith("Nothing was started.\n")
     assert "Traceback" not in said

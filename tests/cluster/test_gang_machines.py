@@ -24,7 +24,7 @@ from cluster.outfit import Outfit
 from cluster.plan import Plan
 from cluster.rehearsal.bench import Bench
 from cluster.rehearsal.hosts import Host, Knobs
-from cluster.rehearse import NAME, Stage
+from cluster.rehearse import LAUNCH_S, NAME, Stage
 from cluster.run import Broken, Stopped, newest_checkpoint
 from configs import tiny
 from engine.values import override
@@ -188,7 +188,7 @@ def test_what_pip_says_is_told_and_once_that_is_mended_the_same_command_goes_on_
 @pytest.fixture
 def quick(monkeypatch):
     """Following in tenths of seconds, of trainings that are a line of shell."""
-    for name, seconds in {"FETCH_S": .1, "FETCH_OTHERS_S": .2, "ASK_S": .2, "SILENT_S": 2, "GRACE_S": .3}.items():
+    for name, seconds in {"FETCH_S": .1, "FETCH_OTHERS_S": .2, "ASK_S": .2, "SILENT_S": 5, "GRACE_S": .3}.items():
         monkeypatch.setattr(remote, name, seconds)
     monkeypatch.setattr(gang, "SHOWN_S", 1)
     monkeypatch.setattr(outfit, "node_command", lambda *_: ("sh", "-c", "echo begun; exec sleep 1000"))
@@ -206,7 +206,7 @@ def test_a_machine_that_is_started_anew_is_lost_to_the_training_but_not_to_its_w
     ages = [second.root / "var/lib/txl" / name for name in ("age.json", "deadline.json")]
     assert until(lambda: json.loads(ages[0].read_text())["age"] > 900)
     boto3.client("ec2").reboot_instances(InstanceIds=[second.id])
-    assert until(lambda: job.poll() is not None, 30)
+    assert until(lambda: job.poll() is not None)
     assert job.poll() == (-15, LOST)
     assert any(line.startswith("node-1: nothing of it runs any more: the machine was started anew") for line in
                person.lines)
@@ -229,7 +229,7 @@ def test_a_machine_that_is_stopped_amid_the_training_is_said_to_be_and_the_other
     job = aws.apply(plan_of(bench, "--nospot"), person)
     last = bench.alive()[1].id
     boto3.client("ec2").stop_instances(InstanceIds=[last])
-    assert until(lambda: job.poll() is not None, 30)
+    assert until(lambda: job.poll() is not None)
     assert job.poll() == (-15, LOST)
     assert any(re.match("node-1: its machine is stop(ping|ped)", line) for line in person.lines)
     job.close()
@@ -249,7 +249,7 @@ def test_other_machines_go_on_with_the_logs_and_numbers_of_those_that_are_gone(b
         with bench.ec2.lock:
             for machine in bench.alive():
                 bench.world.end(machine)
-        assert until(lambda job=job: job.poll() is not None, 20)
+        assert until(lambda job=job: job.poll() is not None)
         job.close()
     for path, node in {**logs, Path("runs/two/metrics.jsonl"): 0}.items():
         assert path.read_text() == f"first of {node}\nsecond of {node}\n"
@@ -263,7 +263,7 @@ def test_another_launcher_follows_a_training_that_one_has_left_and_sees_its_end(
     assert "It is training there already: following it." in person.lines
     for machine in bench.alive():
         (bench.hosts[machine.id].home / "txl/go").touch()
-    assert until(lambda: job.poll() is not None, 20)
+    assert until(lambda: job.poll() is not None)
     assert job.poll() == (0, 0)
     job.close()
 
@@ -272,7 +272,8 @@ def test_another_launcher_follows_a_training_that_one_has_left_and_sees_its_end(
 
 @pytest.mark.slow
 def test_a_training_outlives_a_closed_terminal_and_a_suspended_laptop_and_ctrl_c_ends_it_with_a_checkpoint_or_at_once(
-        bench, tmp_path, request):
+        bench, tmp_path, request, stdlib):
+    (tmp_path / "data").symlink_to(stdlib)
     stage = Stage(bench, tmp_path, override(tiny, "machines.count=2"), ["--set=recipe.stop.max_steps=100000",
                                                                              "--set=recipe.clock.eval_interval=100000"])
 
@@ -283,26 +284,26 @@ def test_a_training_outlives_a_closed_terminal_and_a_suspended_laptop_and_ctrl_c
 
     launcher = launch_until("^step ")
     launcher.send(signal.SIGHUP)                   # the terminal is closed
-    assert launcher.wait(30) == -signal.SIGHUP
+    assert launcher.wait(LAUNCH_S) == -signal.SIGHUP
 
     launcher = launch_until("It is training there already: following it")
-    launcher.until("^step ", 120)
+    launcher.until("^step ", LAUNCH_S)
     launcher.send(signal.SIGSTOP)                  # the laptop sleeps
     time.sleep(3)
     launcher.send(signal.SIGCONT)
-    launcher.until("^step ", 120)
+    launcher.until("^step ", LAUNCH_S)
     launcher.ctrl_c()
-    step = int(launcher.until(r"^Stopped at step (\d+) of 100000", 120)[1])
-    assert launcher.wait(30) == 130
+    step = int(launcher.until(r"^Stopped at step (\d+) of 100000", LAUNCH_S)[1])
+    assert launcher.wait(LAUNCH_S) == 130
     run_dir = tmp_path / "runs" / NAME
     assert newest_checkpoint(run_dir)["step"] == step
 
     launcher = launch_until(f"goes on from step {step}")
-    launcher.until("^step ", 120)
+    launcher.until("^step ", LAUNCH_S)
     for _ in range(2):
         launcher.ctrl_c()
         time.sleep(.02)                           # signals of one kind that are pending at once are one
-    launcher.until("^Killing", 30)
-    assert int(launcher.until(r"^Killed\. The last checkpoint is of step (\d+)", 60)[1]) >= step
-    assert launcher.wait(30) == 130
+    launcher.until("^Killing", LAUNCH_S)
+    assert int(launcher.until(r"^Killed\. The last checkpoint is of step (\d+)", LAUNCH_S)[1]) >= step
+    assert launcher.wait(LAUNCH_S) == 130
     assert len(requests(bench)) == 1

@@ -39,7 +39,6 @@ def s3(aws, monkeypatch, tmp_path) -> Any:
                         "AWS_DEFAULT_REGION": "us-east-1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(host, "TRIES", 1)
-    monkeypatch.setattr(host, "READ_S", 1)
     monkeypatch.setattr(host, "time", Clock())
     aws.heal()
     client = host.client()
@@ -288,9 +287,13 @@ def test_a_checkpoint_that_was_cut_off_on_the_way_to_the_machine_is_fetched_agai
 @pytest.mark.parametrize(("fault", "said"), [
     ({"code": "AccessDenied", "status": 403}, "PutObject: 403 AccessDenied: of the rehearsal"),
     ({"code": "InternalError", "status": 500}, "PutObject: 500 InternalError: of the rehearsal"),
-    ({"code": "SlowDown", "hang_s": 2}, "ReadTimeoutError: Read timeout"),
+    ({"code": "SlowDown", "hang_s": 5}, "ReadTimeoutError: Read timeout"),
     ({"after": True}, "ConnectionClosedError: Connection was closed")])
-def test_a_failing_s3_is_told_once_until_it_is_well_and_then_that_it_is(s3, aws, nodes, capsys, fault, said):
+def test_a_failing_s3_is_told_once_until_it_is_well_and_then_that_it_is(
+        s3, aws, nodes, monkeypatch, capsys, fault, said):
+    if "hang_s" in fault:
+        monkeypatch.setattr(host, "READ_S", fault["hang_s"] - 2)
+        s3 = host.client()
     aws.fail("PutObject", times=2, **fault)
     assert nodes[1].mirror(s3).run(once(False, False, True)) == 0
     first, second = capsys.readouterr().out.splitlines()

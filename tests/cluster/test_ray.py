@@ -40,7 +40,7 @@ from tests.cluster import ray_bench
 from tests.cluster.test_contract import CHECKOUT, LAUNCH_S, OVERRIDES, STEPS, curve, make_text
 from tests.waiting import until
 
-NODES = 2                                         # of the cluster, with 2 CPUs each
+NODES = 2                                         # of the cluster, with a CPU each
 HERE = Here("/usr/bin/python", (), 2, 29500)
 needs_ray = pytest.mark.skipif(ray_bench.LACKS is not None, reason=str(ray_bench.LACKS))
 
@@ -75,7 +75,7 @@ class Laptop:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[ray_bench.Bench]:
-    with ray_bench.ray(*[2] * NODES) as bench:
+    with ray_bench.ray(*[1] * NODES) as bench:
         yield bench
 
 
@@ -86,7 +86,7 @@ def laptop(cluster, tmp_path) -> Iterator[Laptop]:
     for launcher in laptop.launchers:
         launcher.kill()
     while len(cluster.nodes) < NODES:
-        cluster.add(2)
+        cluster.add(1)
     for job in cluster.dashboard.jobs():          # of a test that failed
         if not job.ended:
             cluster.dashboard.stop(job.id)
@@ -121,6 +121,7 @@ def test_the_loss_of_a_node_changes_nothing_of_the_curve_and_what_is_small_comes
     training = laptop.launch("--machines=2", f"--storage_path={there}", name="lost")
     training.until("^step 1[0-9]0/", LAUNCH_S)
     cluster.kill()
+    cluster.add(1)
     training.until("Ray has started the ranks again", LAUNCH_S)
     training.until("resuming from", LAUNCH_S)
     assert training.wait(LAUNCH_S) == 0, laptop.screen("lost")
@@ -140,14 +141,14 @@ def test_the_loss_of_a_node_changes_nothing_of_the_curve_and_what_is_small_comes
 def test_an_elastic_run_goes_on_with_the_machines_that_are_left_and_a_second_ctrl_c_ends_it_at_once(
         laptop, cluster, tmp_path):
     make_text(tmp_path / "there/data/little")
-    training = laptop.launch("--machines=4", "--min_machines=2", f"--storage_path={tmp_path}/there",
+    training = laptop.launch("--machines=2", "--min_machines=1", f"--storage_path={tmp_path}/there",
                              name="elastic", steps=100000)
-    # Ray Train looks at which nodes there are every 20 s: after a test that has added one, it begins with 2 ranks.
-    training.until(r" 4 rank\(s\) on cpu", LAUNCH_S)
+    # Ray Train looks at which nodes there are every 20 s: after a test that has added one, it begins with 1 rank.
+    training.until(r" 2 rank\(s\) on cpu", LAUNCH_S)
     checkpoints = tmp_path / "there/runs/elastic/checkpoints"
-    until(lambda: 4 in [meta["ranks"] for meta in filter(None, map(intact, checkpoints.glob("step-*")))], LAUNCH_S)
+    until(lambda: 2 in [meta["ranks"] for meta in filter(None, map(intact, checkpoints.glob("step-*")))], LAUNCH_S)
     cluster.kill()
-    training.until("the checkpoint is of 4 ranks and this is 2", LAUNCH_S)
+    training.until("the checkpoint is of 2 ranks and this is 1", LAUNCH_S)
     training.until("^step ", LAUNCH_S)
     for pid in ray_keeper.descendants(cluster.nodes[0].pid):
         with contextlib.suppress(OSError):        # it has ended meanwhile

@@ -146,4 +146,4 @@ def test_waiting_can_be_interrupted(tmp_path):
         began = time.monotonic()
         with pytest.raises(Interrupted):
             ready.wait_ready(them.shells, NOTHING, deadline_s=600, interrupted=lambda: time.monotonic() - began > 1.5)
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < ready.LOOK_S / 2              # nor is an answer waited for

@@ -41,7 +41,7 @@ pytestmark = needs_sshd
 def start(trio, tmp_path, monkeypatch):
     """start(script of node 0, ...) runs them on as many machines; returns their job and who reads what it says."""
     monkeypatch.chdir(tmp_path)
-    for name, seconds in {"FETCH_S": .1, "FETCH_OTHERS_S": .2, "ASK_S": .2, "SILENT_S": 1, "GRACE_S": .3}.items():
+    for name, seconds in {"FETCH_S": .1, "FETCH_OTHERS_S": .2, "ASK_S": .2, "SILENT_S": 4, "GRACE_S": .3}.items():
         monkeypatch.setattr(remote, name, seconds)
     jobs = []
 
@@ -72,7 +72,7 @@ def start(trio, tmp_path, monkeypatch):
             assert not thread.is_alive()
 
 
-def statuses(job: RemoteJob, seconds: float = 20) -> tuple[int, ...] | None:
+def statuses(job: RemoteJob, seconds: float = 120) -> tuple[int, ...] | None:
     """Once none runs; None where that takes too long."""
     until(lambda: job.poll() is not None, seconds)
     return job.poll()
@@ -143,7 +143,7 @@ def test_a_supervisor_that_is_only_held_up_is_waited_for(start, trio):
     assert until(lambda: logged(0, "begun"))
     pid = json.loads((trio[0].home / "txl" / RUN / "nodes/0.json").read_text())["pid"]
     os.kill(pid, signal.SIGSTOP)
-    assert not until(lambda: job.poll() is not None, 3)
+    assert not until(lambda: job.poll() is not None, 6)
     os.kill(pid, signal.SIGCONT)
     (trio[0].home / "txl/go").touch()
     assert statuses(job) == (0,)
@@ -170,7 +170,7 @@ def test_a_machine_out_of_reach_is_told_with_its_reason_once_and_followed_on_whe
     assert job.machines() == "2 up"
     trio[1].stop()
     assert until(lambda: job.poll() or person.lines)
-    assert person.lines == [f"Nothing for 1 s from 1 of 2 machines: node-1: ssh: connect to host {trio[1].address} "
+    assert person.lines == [f"Nothing for 4 s from 1 of 2 machines: node-1: ssh: connect to host {trio[1].address} "
                             f"port {trio.port}: Connection refused"]
     assert job.machines() == "no answer from node-1"
     assert not until(lambda: job.poll() or person.lines[1:], 2)
@@ -205,8 +205,9 @@ def test_killing_ends_at_once_though_a_machine_cannot_be_told(start, trio):
     trio[1].stop()
     job.kill()
     assert statuses(job) == (-15, LOST)
-    assert any(line.startswith("node-1: it could not be told to end, and may go on: ssh: connect") for line in
-               person.lines)
+    told = "node-1: it could not be told to end, and may go on: "     # in ssh's words, of this way or the one before
+    assert any(line.startswith((f"{told}ssh: connect", f"{told}mux_client", f"{told}Connection", f"{told}kex_"))
+               for line in person.lines), person.lines
 
 
 def test_tensorboard_is_reached_at_one_address_which_comes_back_when_the_way_there_was_cut(start, trio):

@@ -33,7 +33,7 @@ def one(tmp_path):
 
 
 def pid_in(path: Path) -> int:
-    return int(until(lambda: path.exists() and path.read_text().endswith("\n") and path.read_text(), 10))
+    return int(until(lambda: path.exists() and path.read_text().endswith("\n") and path.read_text()))
 
 
 def test_the_second_command_shares_the_connection_of_the_first(one):
@@ -56,8 +56,8 @@ def test_a_command_gets_its_input_and_returns_both_outputs_and_its_status(trio):
 
 
 def test_a_command_that_reads_its_input_finds_the_end_of_it(trio):
-    assert trio.shells[0].run("cat", timeout_s=10).out == ""
-    assert trio.shells[0].run("cat", timeout_s=10, tied=True).out == ""
+    assert trio.shells[0].run("cat", timeout_s=120).out == ""
+    assert trio.shells[0].run("cat", timeout_s=120, tied=True).out == ""
 
 
 def test_a_tied_command_returns_what_it_would_untied(trio):
@@ -82,22 +82,24 @@ def test_a_tied_command_ends_there_with_whoever_asked_for_it_here(trio, tmp_path
             pid_in(there)
             launcher.kill()
     pid = pid_in(there)
-    until(lambda: not alive(pid), 10)
-    assert time.monotonic() - began < 10
+    until(lambda: not alive(pid))
+    assert time.monotonic() - began < 50          # of the 60 that it would take
     assert trio.shells[0].run("echo still here").out == "still here\n"
 
 
-def test_ctrl_c_at_the_terminal_reaches_the_launcher_and_not_its_commands(trio):
+def test_ctrl_c_at_the_terminal_reaches_the_launcher_and_not_its_commands(trio, tmp_path):
+    runs, go = tmp_path / "runs", tmp_path / "go"
     script = ("import signal, sys; from pathlib import Path; from cluster.ssh import Shell\n"
               "signal.signal(signal.SIGINT, lambda *_: print('heard', flush=True))\n"
-              "print('ready', flush=True)\n"
-              "print(Shell(Path(sys.argv[1]), 'node-0').run('sleep 1; echo done').out)")
-    with subprocess.Popen([sys.executable, "-c", script, trio.shells[0].config], cwd=CHECKOUT, text=True,
+              "print(Shell(Path(sys.argv[1]), 'node-0').run(sys.argv[2]).out)")
+    command = f"touch {runs}; until [ -e {go} ]; do sleep .05; done; echo done"
+    with subprocess.Popen([sys.executable, "-c", script, trio.shells[0].config, command], cwd=CHECKOUT, text=True,
                           stdout=subprocess.PIPE, start_new_session=True) as launcher:
-        assert launcher.stdout.readline() == "ready\n"
-        time.sleep(0.5)                           # the command runs
+        until(runs.exists)
         os.killpg(launcher.pid, signal.SIGINT)    # what a terminal does
-        assert launcher.communicate(timeout=20)[0].split() == ["heard", "done"]
+        assert launcher.stdout.readline() == "heard\n"
+        go.touch()
+        assert launcher.communicate(timeout=120)[0].split() == ["done"]
 
 
 def test_a_machine_that_goes_away_under_a_command_is_unreachable(one, tmp_path):
@@ -188,15 +190,15 @@ def test_a_copy_that_was_cut_goes_on_where_it_was(one, tmp_path):
     big.write_bytes(os.urandom(12_000_000))
     there.mkdir()
     arrived = threading.Thread(target=lambda: (
-        until(lambda: any(path.stat().st_size > 5_000_000 for path in there.glob(".big.*")), 10), one[0].cut()))
+        until(lambda: any(path.stat().st_size > 1_000_000 for path in there.glob(".big.*"))), one[0].cut()))
     arrived.start()
     with pytest.raises(Unreachable):
-        one.shells[0].put(big, "in/", "--bwlimit=6000")
+        one.shells[0].put(big, "in/", "--bwlimit=1000")
     arrived.join()
-    until(lambda: (there / ".rsync-part/big").exists(), 10)
+    until(lambda: (there / ".rsync-part/big").exists())
     stats = one.shells[0].put(big, "in/", "--stats")
     literal = int(re.search(r"Literal data: ([\d,]+)", stats)[1].replace(",", ""))
-    assert 0 < literal < 8_000_000
+    assert 0 < literal < 11_500_000
     assert (there / "big").read_bytes() == big.read_bytes()
 
 
@@ -205,7 +207,7 @@ def test_an_interrupted_copy_ends_at_once(one, tmp_path):
     began = time.monotonic()
     with pytest.raises(Interrupted):
         one.shells[0].put(tmp_path / "big", "big", "--bwlimit=100", interrupted=lambda: time.monotonic() - began > 0.5)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 40          # of the 50 that it would take
 
 
 def test_an_interrupted_copy_from_there_keeps_what_has_come_and_leaves_nothing_else(one, tmp_path):
@@ -272,7 +274,7 @@ def test_two_launchers_at_once_make_one_key(tmp_path):
     script = "import pathlib, sys; from cluster import ssh; print(ssh.key(pathlib.Path(sys.argv[1])).read_text())"
     both = [subprocess.Popen([sys.executable, "-c", script, tmp_path / "home"], cwd=CHECKOUT, text=True,
                              stdout=subprocess.PIPE) for _ in range(2)]
-    keys = {process.communicate(timeout=30)[0] for process in both}
+    keys = {process.communicate(timeout=120)[0] for process in both}
     assert len(keys) == 1
     key = ssh.key(tmp_path / "home")
     assert {key.read_text() + "\n"} == keys

@@ -559,7 +559,7 @@ exec {real} -m http.server --bind 127.0.0.1 $port""")
     try:
         with following("tensorboard", "one", two.user) as program:
             url = next(line for line in program.stdout if "http://" in line).split()[-1]
-            assert urllib.request.urlopen(f"{url}/marker", timeout=10).read() == b"node 0"
+            assert urllib.request.urlopen(f"{url}/marker", timeout=120).read() == b"node 0"
     finally:
         os.kill(int((first.home / "txl/pid").read_text()), signal.SIGKILL)
 
