@@ -25,6 +25,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -78,6 +79,8 @@ def load(data: Data | Path) -> Corpus:
     splits: dict[str, np.ndarray] = {
         split: np.memmap(folder / f"{split}.bin", manifest["dtype"], "r") for split in SPLITS}
     for split, ids in splits.items():
+        if manifest.get("written", {}).get(split) == _stat(folder / f"{split}.bin"):
+            continue                              # nobody has touched it since, so that it need not be read through
         if not 0 <= ids.min() <= ids.max() < vocab.size:
             raise DataError(f"{folder / split}.bin is damaged: it has a token that is none of the {vocab.size:,} in "
                             f"the vocabulary. Delete {folder} and run the same command again: the text is encoded anew")
@@ -305,24 +308,26 @@ def _build(data: Data, tokens: Path) -> Path:
 
 
 def _write_tokens(data: Data, inputs: dict[str, Path], folder: Path) -> dict[str, Any]:
-    vocab = _make_vocab(data, inputs)
-    _check_size(data, vocab.size)
+    with TemporaryDirectory(dir=folder) as scratch:
+        vocab = _make_vocab(data, inputs, Path(scratch))
+        _check_size(data, vocab.size)
+        dtype = np.dtype(np.uint16 if vocab.size <= 1 << 16 else np.int32)
+        for split in SPLITS:
+            with open(folder / f"{split}.bin", "wb") as out:
+                for path in _files_of(split, inputs):
+                    log.info("Encoding %s", path)
+                    for ids in vocab.encode_file(path, Path(scratch)):
+                        out.write(ids.astype(dtype, copy=False).data)
+                out.flush()
+                os.fsync(out.fileno())
     vocab.save(folder)
-    dtype = np.dtype(np.uint16 if vocab.size <= 1 << 16 else np.int32)
-    for split in SPLITS:
-        with open(folder / f"{split}.bin", "wb") as out:
-            for path in _files_of(split, inputs):
-                log.info("Encoding %s", path)
-                for ids in vocab.encode_file(path):
-                    out.write(ids.astype(dtype).tobytes())
-            out.flush()
-            os.fsync(out.fileno())
     files = {path.name: path.stat().st_size for path in folder.iterdir()}
     return {"dtype": dtype.name, "vocab_size": vocab.size, "vocab_hash": vocab.hash, "files": files,
+            "written": {split: _stat(folder / f"{split}.bin") for split in SPLITS},
             "tokens": {split: files[f"{split}.bin"] // dtype.itemsize for split in SPLITS}}
 
 
-def _make_vocab(data: Data, inputs: dict[str, Path]) -> Vocab:
+def _make_vocab(data: Data, inputs: dict[str, Path], scratch: Path) -> Vocab:
     options = _options(data)
     if data.vocab == "byte":
         return ByteVocab.make()
@@ -338,7 +343,8 @@ def _make_vocab(data: Data, inputs: dict[str, Path]) -> Vocab:
     counted = [path for split in options["counted"] for path in _files_of(split, inputs)]
     if data.vocab == "char":
         return CharVocab.count(counted, lower_case=lower_case, min_freq=data.min_freq, max_size=data.max_size)
-    return WordVocab.count(counted, lower_case=lower_case, end=end, min_freq=data.min_freq, max_size=data.max_size)
+    return WordVocab.count(counted, lower_case=lower_case, end=end, min_freq=data.min_freq, max_size=data.max_size,
+                           scratch=scratch)
 
 
 def _split_of(name: str) -> str:
@@ -385,7 +391,8 @@ def _explained(folder: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise DataError(f"The disk of {folder} is full; nothing half-written was left. Free some space (tokens "
-                            f"take up to 4 bytes a word) and run the same command again") from error
+                            f"take up to 4 bytes a word, 8 while they are made) and run the same command "
+                            f"again") from error
         raise DataError(f"Cannot prepare {folder}: {error}. Make it readable and writable, or name another folder "
                         f"with --set recipe.data.dir=FOLDER") from error
 

@@ -1,22 +1,26 @@
 """Vocabularies: words, characters, bytes, byte pairs. Text becomes token ids and ids become text; no torch.
 
-Files are read in pieces, so that memory stays bounded whatever their size.
+Files are read in pieces, so that memory stays bounded whatever their size; texts of words by txl/reading.py.
 """
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property, partial
 from itertools import chain, islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 import numpy as np
 
+from txl import reading
 from txl.datasets import DataError
 
 ENDOFTEXT = "<|endoftext|>"
@@ -47,8 +51,11 @@ class Vocab:
         it, in UTF-8 that a piece may begin or end in the middle of."""
         raise NotImplementedError
 
-    def encode_file(self, path: Path) -> Iterator[np.ndarray]:
-        """The ids of a file, int32, piece by piece. Raises DataError."""
+    def encode_file(self, path: Path, scratch: Path | None = None) -> Iterator[np.ndarray]:
+        """The ids of a file, int32, piece by piece; `scratch` is where WordVocab.count has read it, if it has.
+
+        Raises DataError.
+        """
         raise NotImplementedError
 
     def save(self, folder: Path) -> None:
@@ -80,22 +87,33 @@ class WordVocab(Vocab):
 
     @classmethod
     def count(cls, paths: Iterable[Path], *, end: str = "<eos>", lower_case: bool = False, min_freq: int = 0,
-              max_size: int | None = None) -> WordVocab:
+              max_size: int | None = None, scratch: Path | None = None) -> WordVocab:
         """`end` is 0; words follow by falling frequency in the files, ties in the order in which they first occur.
 
-        With min_freq or max_size, <unk> stands for the words left out; where no such word was kept, it is 1.
+        With min_freq or max_size, <unk> stands for the words left out; where no such word was kept, it is 1. In the
+        folder `scratch`, if given, stays what encode_file needs so as not to read the files again.
         """
-        counter: Counter[str] = Counter()
-        for path in paths:
-            for piece in pieces(path, lines=True):
-                counter.update((piece.lower() if lower_case else piece).split())
-        return cls._of(_by_frequency(counter, end, "<unk>", min_freq, max_size), end, lower_case)
+        numbers: defaultdict[str, int] = defaultdict()
+        numbers.default_factory = numbers.__len__
+        counts, parts = np.zeros(0, np.int64), []
+        with _folder(scratch) as folder:
+            for part in reading.read(paths, folder, lower_case):
+                own = np.fromiter(map(numbers.__getitem__, part.words()), np.int32)
+                own.tofile(part.table_file)
+                counts = np.concatenate([counts, np.zeros(len(numbers) - len(counts), np.int64)])
+                counts[own] += part.counts()
+                parts.append(part)
+            words = [end if word == "\n" else word for word in numbers]
+            chosen, ids = _chosen(words, counts, end, "<unk>", min_freq, max_size)
+            for part in parts:
+                ids[np.fromfile(part.table_file, np.int32)].tofile(part.table_file)
+        return cls._of(chosen, end, lower_case)
 
     @classmethod
     def closed(cls, path: Path, *, end: str = "<eos>", lower_case: bool = False) -> WordVocab:
         """A vocabulary given as a file: the first word of each line, ids in their order."""
-        text = "".join(pieces(path, lines=True))
-        words = list(dict.fromkeys(line.split()[0] for line in text.split("\n") if line.strip()))
+        lines = re.split("\r\n?|\n", "".join(pieces(path)))
+        words = list(dict.fromkeys(line.split()[0] for line in lines if line.strip()))
         return cls._of(words, end, lower_case, f" {path}")
 
     @classmethod
@@ -108,7 +126,8 @@ class WordVocab(Vocab):
 
     def encode(self, text: str) -> list[int]:
         """Ids of the words, with the token of a line's end where a newline is; none is added at the end."""
-        return self._ids(text, "the text").tolist()
+        words = (text.lower() if self.lower_case else text).replace("\n", f" {self.end} ").split()
+        return self._look_up(words, "the text").tolist()
 
     def decode(self, ids: Iterable[int]) -> str:
         """The words between spaces, with a newline where a line ends."""
@@ -120,13 +139,17 @@ class WordVocab(Vocab):
             return b"\n"
         return f"{'' if after in (None, self.start) else ' '}{self._words[token]}".encode()
 
-    def encode_file(self, path: Path) -> Iterator[np.ndarray]:
-        for piece in pieces(path, lines=True):
-            yield self._ids(piece, path)
-        yield np.array([self.start], np.int32)
+    def encode_file(self, path: Path, scratch: Path | None = None) -> Iterator[np.ndarray]:
+        with _folder(scratch) as folder:
+            for part in reading.read([path], folder, self.lower_case):
+                ids = (np.fromfile(part.table_file, np.int32) if part.table_file.exists() else
+                       self._look_up([self.end, *part.words()[1:]], path))
+                for chunk in part.ids(1 << 16):
+                    yield ids[chunk]
+        if not _ends_in_newline(path):
+            yield np.array([self.start], np.int32)
 
-    def _ids(self, text: str, where: Path | str) -> np.ndarray:
-        words = (text.lower() if self.lower_case else text).replace("\n", f" {self.end} ").split()
+    def _look_up(self, words: list[str], where: Path | str) -> np.ndarray:
         try:
             return np.fromiter(map(self._table.__getitem__, words), np.int32, len(words))
         except KeyError as error:
@@ -179,7 +202,8 @@ class CharVocab(Vocab):
         for path in paths:
             for piece in pieces(path):
                 counter.update(piece.lower() if lower_case else piece)
-        text = "".join(_by_frequency(counter, "\n", "\ufffd", min_freq, max_size))
+        counts = np.fromiter(counter.values(), np.int64)
+        text = "".join(_chosen(list(counter), counts, "\n", "\ufffd", min_freq, max_size)[0])
         unk = text.find("\ufffd")
         return cls(len(text), 0, _sha256("char", text), lambda: text, unk if unk >= 0 else None, lower_case)
 
@@ -193,7 +217,7 @@ class CharVocab(Vocab):
     def piece(self, token: int, after: int | None = None) -> bytes:
         return self._chars[token].encode()
 
-    def encode_file(self, path: Path) -> Iterator[np.ndarray]:
+    def encode_file(self, path: Path, scratch: Path | None = None) -> Iterator[np.ndarray]:
         for piece in pieces(path):
             yield self._ids(piece, path)
 
@@ -245,7 +269,7 @@ class ByteVocab(Vocab):
     def piece(self, token: int, after: int | None = None) -> bytes:
         return bytes([token])
 
-    def encode_file(self, path: Path) -> Iterator[np.ndarray]:
+    def encode_file(self, path: Path, scratch: Path | None = None) -> Iterator[np.ndarray]:
         with open(path, "rb") as f:
             while block := f.read(1 << 20):
                 yield np.frombuffer(block, np.uint8).astype(np.int32)
@@ -304,7 +328,7 @@ class BpeVocab(Vocab):
     def piece(self, token: int, after: int | None = None) -> bytes:
         return self._pieces[token]
 
-    def encode_file(self, path: Path) -> Iterator[np.ndarray]:
+    def encode_file(self, path: Path, scratch: Path | None = None) -> Iterator[np.ndarray]:
         rest = pieces(path)
         while batch := list(islice(rest, 64)):    # tokens of short pieces stay small, and threads share a batch
             for encoded in self._tokenizer.encode_batch_fast(batch, add_special_tokens=False):
@@ -324,24 +348,21 @@ class BpeVocab(Vocab):
         return [bytes(map(byte_of.__getitem__, self._tokenizer.id_to_token(i))) for i in range(self.size)]
 
 
-def pieces(path: Path, *, lines: bool = False) -> Iterator[str]:
+def pieces(path: Path) -> Iterator[str]:
     """A text in pieces of bounded length, each but the first beginning with a space or newline after a visible one.
 
-    With `lines`, \\r\\n and \\r are newlines and the last newline is left out, as if the file were read line by line.
     Raises DataError where the file is not UTF-8.
     """
     rest = ""
     try:
-        with open(path, encoding="utf-8", newline=None if lines else "") as f:
-            while block := f.read(1 << 20 if lines else 1 << 16):
+        with open(path, encoding="utf-8", newline="") as f:
+            while block := f.read(1 << 16):
                 rest += block
                 if cut := _CUT.match(rest):
                     yield cut[0]
                     rest = rest[cut.end():]
     except UnicodeDecodeError as error:
-        raise DataError(_not_utf8(path)) from error
-    if lines:
-        rest = rest.removesuffix("\n")
+        raise DataError(reading.not_utf8(path)) from error
     if rest:
         yield rest
 
@@ -357,13 +378,38 @@ def _byte_level(model: Any) -> Any:
     return tokenizer
 
 
-def _by_frequency(counter: Counter[str], first: str, unk: str, min_freq: int, max_size: int | None) -> list[str]:
-    """`first`, then what was counted by falling frequency. With min_freq or max_size, `unk` stands for what they leave
-    out; where it was not kept itself, it is the second."""
-    del counter[first]
-    kept = [word for word, count in counter.most_common(max_size) if count >= min_freq]
-    lacks_unk = (min_freq > 1 or max_size is not None) and unk not in kept
-    return [first, *([unk] if lacks_unk else []), *kept]
+def _chosen(words: list[str], counts: np.ndarray, first: str, unk: str, min_freq: int, max_size: int | None
+            ) -> tuple[list[str], np.ndarray]:
+    """A vocabulary of words, which but for `first` are different ones, and the id in it of each: `first`, then the
+    others by falling count, ties in their order. With min_freq or max_size, `unk` stands for what they leave out; where
+    it was not kept itself, it is the second."""
+    is_first = np.array([word == first for word in words], bool)
+    ranked = np.argsort(-counts, kind="stable")
+    ranked = ranked[~is_first[ranked]]
+    kept = ranked[:max_size]
+    kept = kept[counts[kept] >= min_freq]
+    others = [words[i] for i in kept.tolist()]
+    lacks_unk = (min_freq > 1 or max_size is not None) and unk not in others
+    chosen = [first, *([unk] if lacks_unk else []), *others]
+    ids = np.full(len(words), chosen.index(unk) if len(kept) < len(ranked) else 0, np.int32)
+    ids[is_first] = 0
+    ids[kept] = np.arange(len(chosen) - len(kept), len(chosen))
+    return chosen, ids
+
+
+@contextmanager
+def _folder(scratch: Path | None) -> Iterator[Path]:
+    if scratch is not None:
+        yield scratch
+    else:
+        with TemporaryDirectory() as folder:
+            yield Path(folder)
+
+
+def _ends_in_newline(path: Path) -> bool:
+    with open(path, "rb") as f:
+        f.seek(-min(1, path.stat().st_size), os.SEEK_END)
+        return f.read() in (b"\n", b"\r")
 
 
 def _code_points(text: str) -> np.ndarray:
@@ -396,16 +442,3 @@ def _place(where: Path | str, has: Callable[[str], bool]) -> str:
 
 def _span(paths: Sequence[Path]) -> str:
     return str(paths[0]) if len(paths) == 1 else f"{paths[0]} … {paths[-1].name}"
-
-
-def _not_utf8(path: Path) -> str:
-    start = 0
-    with open(path, "rb") as f:
-        for number, line in enumerate(f, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return (f"{path} is not UTF-8 at byte {start + error.start} (line {number}). Convert it with iconv, or "
-                        f"take its bytes as they are: --set recipe.data.vocab=byte")
-            start += len(line)
-    return f"{path} changed while it was read. Run the same command again"

@@ -2,6 +2,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -176,6 +177,15 @@ def test_tokens_that_none_of_the_vocabulary_is_are_an_error_with_what_to_do(fold
         load(words(folder))
 
 
+def test_tokens_that_nobody_has_touched_are_not_read_through(folder, monkeypatch):
+    made = prepare(words(folder))
+    monkeypatch.setattr(np.memmap, "max", lambda *_: pytest.fail("read through"))
+    assert len(load(made).splits["train"]) == 10
+    shutil.copytree(made, folder / "copy")                    # of which nobody knows how it was made
+    with pytest.raises(pytest.fail.Exception, match="read through"):
+        load(folder / "copy")
+
+
 def test_evaluation_sets_are_splits_in_the_same_vocabulary(folder, tmp_path):
     (tmp_path / "more").write_text("a dog\nsat")
     data = words(folder, eval_sets=(f"more={tmp_path / 'more'}", f"again={folder / 'valid.txt'}"))
@@ -254,7 +264,7 @@ def test_missing_byte_pair_files_are_an_error_with_the_command_that_gets_them(fo
 
 
 def test_a_full_disk_is_an_error_that_leaves_nothing(folder, monkeypatch):
-    def full(self, path):
+    def full(self, path, scratch):
         yield np.zeros(9, np.int32)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     monkeypatch.setattr(WordVocab, "encode_file", full)
@@ -274,9 +284,9 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path, capsys):
 def test_a_text_that_changes_while_it_is_read_is_an_error(folder, monkeypatch):
     encode = WordVocab.encode_file
 
-    def meddle(self, path):
+    def meddle(self, path, scratch):
         (folder / "test.txt").write_text("a\n")
-        return encode(self, path)
+        return encode(self, path, scratch)
     monkeypatch.setattr(WordVocab, "encode_file", meddle)
     with pytest.raises(DataError, match="changed while it was read"):
         prepare(words(folder))
@@ -301,7 +311,7 @@ def test_processes_that_come_at_once_share_one_result(folder):
 
 def test_a_killed_encode_leaves_nothing_that_is_served(folder):
     program = ("import time\n"
-               "def slow(self, path):\n"
+               "def slow(self, path, scratch):\n"
                "    print('encoding', flush=True)\n"
                "    yield data.np.zeros(9, 'int32')\n"
                "    time.sleep(60)\n"
