@@ -4,9 +4,10 @@ LAMB's last write, where each tensor has a ratio of its own on the device, is st
 """
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,36 +30,57 @@ def build(params: Iterable[tuple[str, Tensor]], optim: Optim, lr: float) -> torc
         return Lamb(trained, **adam, bias_correction=optim.bias_correction, trust_ratio=optim.trust_ratio,
                     max_weight_norm=optim.max_weight_norm)
     if optim.name == "adamw":
-        return torch.optim.AdamW(trained, **adam, fused=True)
+        return _light(torch.optim.AdamW)(trained, **adam, fused=True)
     if optim.name == "adam":
-        return torch.optim.Adam(trained, **adam, fused=True)
+        return _light(torch.optim.Adam)(trained, **adam, fused=True)
     if optim.name == "sgd":
-        return torch.optim.SGD(trained, **common, momentum=optim.momentum, fused=True)
+        return _light(torch.optim.SGD)(trained, **common, momentum=optim.momentum, fused=True)
     if optim.name == "adagrad":
-        return torch.optim.Adagrad(trained, **common, eps=optim.eps, foreach=True)
+        return _light(torch.optim.Adagrad)(trained, **common, eps=optim.eps, foreach=True)
     if optim.name == "muon":
         return Muon(trained, **adam, momentum=optim.momentum)
     raise ValueError(f"no optimizer is called {optim.name!r}")
 
 
-def clip_(parameters: Iterable[Tensor], max_norm: float | None) -> tuple[Tensor, Tensor]:
+def clip_(parameters: Iterable[Tensor], max_norm: float | None,
+          optimizer: torch.optim.Optimizer | None = None) -> tuple[Tensor, Tensor]:
     """Scale the gradients so that their norm, taken as one vector, is at most `max_norm`; None only measures.
 
     Returns that norm and the norm of every gradient there is, both from before the scaling and on the device.
-    The arithmetic is that of torch.nn.utils.clip_grad_norm_.
+    The arithmetic is that of torch.nn.utils.clip_grad_norm_. With `optimizer`, one of `build`, its next step scales
+    them where it reads them, if it can: a pass over all gradients less.
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not grads:
         return torch.zeros(()), torch.zeros(0)
     norms = torch.stack(torch._foreach_norm(grads))
     total = torch.linalg.vector_norm(norms)
-    if max_norm is not None:
+    if max_norm is None:
+        return total, norms
+    if optimizer is not None and optimizer.defaults.get("fused") and total.dtype == torch.float32:
+        # what torch's fused kernels divide by: a float32, too coarse for other gradients
+        cast(Any, optimizer).grad_scale = ((total + 1e-6) / max_norm).clamp(min=1.0)
+    else:
         torch._foreach_mul_(grads, (max_norm / (total + 1e-6)).clamp(max=1.0))
     return total, norms
 
 
-class _MultiTensor(torch.optim.Optimizer):
+class _Light(torch.optim.Optimizer):
+    """torch wraps these calls, and its optimizers' `step`, to keep them out of torch.compile, and for that imports
+    torch._dynamo: 800 modules, 75 MB, two seconds. No optimizer is compiled here."""
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
+
+
+def _light(kind: type[torch.optim.Optimizer]) -> Any:
+    return type(kind.__name__, (_Light, kind), {"step": torch.no_grad()(inspect.unwrap(kind.step))})
+
+
+class _MultiTensor(_Light):
     """A step for all tensors of a group at once."""
+    grad_scale: Tensor | None = None              # what gradients are to be divided by
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -87,7 +109,8 @@ class _MultiTensor(torch.optim.Optimizer):
         beta1, beta2 = group["betas"]
         torch._foreach_add_(steps, 1)
         torch._fused_adamw_(weights, grads, m, v, [], steps, lr=lr, beta1=beta1, beta2=beta2,
-                            weight_decay=weight_decay, eps=group["eps"], amsgrad=False, maximize=False)
+                            weight_decay=weight_decay, eps=group["eps"], amsgrad=False, maximize=False,
+                            grad_scale=self.grad_scale)
 
 
 class Lamb(_MultiTensor):
@@ -146,7 +169,10 @@ class Lamb(_MultiTensor):
         torch's fused AdamW adds its step, at a learning rate of -1, to what it takes for weights and is weight_decay·w:
         one pass over gradients and moments, and the one temporary is r.
         """
-        updates = list(torch._foreach_mul(params, group["weight_decay"]))
+        decay = group["weight_decay"]
+        updates = list(torch._foreach_mul(params, decay)) if decay else [torch.empty_like(p) for p in params]
+        if not decay:
+            torch._foreach_zero_(updates)
         begin = 0.0 if group["bias_correction"] else math.inf          # where β^t is 0, and the correction none
         self._adamw(updates, params, group, lr=-1.0, weight_decay=0.0, first_step=begin)
         return updates
@@ -192,6 +218,8 @@ class Muon(_MultiTensor):
             if not self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
         grads = [p.grad for p in params if p.grad is not None]
+        if self.grad_scale is not None:
+            torch._foreach_div_(grads, self.grad_scale)
         momenta = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         steps = orthogonal(torch.stack(torch._foreach_lerp(grads, momenta, group["momentum"])))

@@ -1,6 +1,9 @@
 import copy
 import io
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -374,3 +377,44 @@ def test_a_gpu_goes_on_from_a_state_that_was_loaded_on_the_cpu():
     step(here, optimizer)
     step(there, other)
     assert_close([p.detach().cpu() for p in there], [p.detach() for p in here])
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd", "adagrad", "lamb", "muon"])
+@pytest.mark.parametrize("max_norm", [0.25, 1e9, None])
+def test_a_step_that_clips_as_it_reads_is_one_of_gradients_that_were_clipped(name, max_norm):
+    def weights(clip):
+        params = tensors()
+        named = [(f"layers.{i}", p) for i, p in enumerate(params)]
+        optimizer = optim.build(named, Optim(name, lr=.02, weight_decay=.1), .02)
+        for step in range(3):
+            for p, grad in zip(params, gradients(params, step)):
+                p.grad = grad
+            clip(params, optimizer)
+            optimizer.step()
+        return [p.detach() for p in params]
+
+    def first(params, optimizer):
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(params, max_norm)
+    assert_close(weights(lambda params, optimizer: clip_(params, max_norm, optimizer)), weights(first))
+
+
+def test_no_optimizer_loads_what_compiles():
+    """It would take seconds and 75 MB, of every process."""
+    program = """
+import sys, typing, torch
+from engine import optim
+from engine.config import Optim
+for name in typing.get_args(typing.get_type_hints(Optim)["name"]):
+    p = torch.nn.Parameter(torch.ones(3, 3))
+    optimizer = optim.build([("layers.p", p)], Optim(name, lr=.1), .1)
+    p.grad = torch.ones(3, 3)
+    optimizer.step()
+    optimizer.zero_grad()
+    optimizer.load_state_dict(optimizer.state_dict())
+    print(name, p.requires_grad, (p < 1).all().item(), "torch._dynamo" in sys.modules)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True,
+                          cwd=Path(optim.__file__).parent.parent).stdout
+    assert said.splitlines() == [f"{name} True True False"
+                                 for name in ("lamb", "adamw", "adam", "sgd", "adagrad", "muon")]
