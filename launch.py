@@ -25,12 +25,13 @@ from typing import Literal
 
 from cluster import backends, run
 from cluster.backends import Wish
-from cluster.follow import FAILED, FINISHED, MISSED, STOPPED, Follower
+from cluster.follow import FAILED, FINISHED, STOPPED, Follower
 from cluster.plan import Plan
 from cluster.run import Broken, Refused, Stopped
 from cluster.spec import LOCAL, Config, Terms
 from configs import CONFIGS
 from engine.cli import flag, misuse, parse, this_python
+from engine.config import MISSED
 from engine.values import BadValue, nearest, override
 from txl import options
 

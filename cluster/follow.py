@@ -14,8 +14,9 @@ from typing import TextIO
 from cluster import run
 from cluster.backends import LOST, Job
 from cluster.plan import Plan
+from engine.config import MISSED
 
-FINISHED, FAILED, MISSED, STOPPED = 0, 1, 3, 130  # exit statuses of the launcher; 2 is a launch refused
+FINISHED, FAILED, STOPPED = 0, 1, 130             # exit statuses of the launcher, and MISSED; 2 is a launch refused
 POLL_S = 0.1
 TAIL = 20                                         # lines of a log shown after a failure
 FOLLOWED = "rank-0.log"

@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 from engine.values import BadValue
 
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Wire = Literal["fp32", "bf16", "bf16_feedback", "fp16"]
+MISSED = 3                                        # exit status: what was to be done is done, but a target not reached
 Affinity = Literal["socket", "socket_unique_interleaved", "socket_unique_continuous", "single", "single_unique",
                    "disabled"]
 
@@ -32,6 +34,7 @@ class Optim:
     eps: float = 1e-8
     momentum: float = 0.0                         # sgd and muon only
     clip: float | None = 0.25                     # global gradient norm; None: no clipping
+    exchange: Wire | None = None                  # what gradients travel in between ranks; None: see Recipe.wire
     bias_correction: bool = True                  # lamb only, as are the two below
     trust_ratio: bool = True
     max_weight_norm: float | None = 10.0          # the paper's phi: the weight norm counts up to this
@@ -161,7 +164,7 @@ class Clock:
     target_perplexity: float | None = None        # of the validation with the best weights, at most
     target_tokens_per_s: float | None = None      # of training, over all ranks, at least
     affinity: Affinity = "socket"                 # the processors a rank keeps to (engine/affinity.py)
-    compile: bool = False                         # torch.compile of each layer
+    compile: bool = False                         # torch.compile of each layer, in training
 
     def __post_init__(self):
         if min(self.log_interval, self.eval_interval or 1, self.checkpoint_interval, self.keep_checkpoints or 1) < 1 \
@@ -186,6 +189,11 @@ class Clock:
         return targets
 
 
+def verdicts(targets: dict[str, bool]) -> list[str]:
+    """Clock.targets in words."""
+    return [f"{'reached' if is_reached else 'MISSED'}: {target}" for target, is_reached in targets.items()]
+
+
 def _shown(x: float | None, form: str) -> str:
     return "not measured" if x is None else format(x, form)
 
@@ -208,6 +216,12 @@ class Recipe:
     freeze: tuple[str, ...] = ()                  # parameters that stay as they are: names, or patterns as layers.0.*
     clock: Clock = field(default_factory=Clock)
 
+    @property
+    def wire(self) -> Wire:
+        """What gradients travel in between ranks (engine/exchange.py): if not said, fp16 in training in fp16, as in the
+        ancestors', else fp32."""
+        return self.optim.exchange or ("fp16" if self.precision == "fp16" else "fp32")
+
     def __post_init__(self):
         if self.init_from is None and (self.init_optim or self.init_partly or self.init_under):
             raise ValueError("init_optim, init_partly and init_under are about what init_from names, which is none")
@@ -216,6 +230,12 @@ class Recipe:
         if self.init_optim and (self.init_partly or self.init_under or self.frozen):
             raise ValueError("init_optim is for all parameters of init_from: without init_under, not with init_partly, "
                              "nor with frozen ones")
+        if self.optim.exchange == "fp16" and self.precision != "fp16":
+            raise ValueError("optim.exchange=fp16 loses small gradients where no loss scale lifts them: it goes with "
+                             "precision=fp16. Use bf16")
+        if self.optim.exchange == "bf16_feedback" and self.precision == "fp16":
+            raise ValueError("optim.exchange=bf16_feedback adds up what steps have lost, and with precision=fp16 these "
+                             "differ in their loss scale. Use fp16 or bf16")
         if self.schedule.name == "plateau" and self.clock.eval_interval is None:
             raise ValueError("plateau goes by the validation, which eval_interval=none leaves out")
         if self.schedule.name == "finder" and not self.optim.peak_lr(1) > 0:

@@ -11,18 +11,19 @@ from typing import Any
 
 import torch
 
-from engine import affinity, checkpoint, optim
-from engine.config import Recipe
+from engine import affinity, checkpoint
+from engine.config import Recipe, verdicts
+from engine.expect import Comparison, expect
 from engine.files import write_whole
 from engine.finder import slopes, suggestion
 from engine.metrics import Metrics, Stopwatch, brief, gpu_memory, peak_flops, ppl
-from engine.precision import precision_for
 from engine.run import Run
 from engine.schedule import lr_at
+from engine.step import Learner
 from engine.task import Position, Score, Step, Task
 from engine.values import to_json
 from engine.watch import Diverged, Guard, Timed, Window, to_device
-from engine.weights import freeze, load_weights, set_weights, span
+from engine.weights import load_weights, set_weights, span
 from engine.world import World
 
 
@@ -78,24 +79,17 @@ def train(world: World, task: Task, recipe: Recipe, run: Run) -> Outcome:
 class _Training:
     def __init__(self, world: World, task: Task, recipe: Recipe, run: Run):
         self.world, self.task, self.recipe, self.run = world, task, recipe, run
-        self.precision = precision_for(recipe.precision, world.device)
-        self.batch_size = recipe.batch.total(world.size)
-        self.peak_lr = recipe.optim.peak_lr(self.batch_size)
         self.progress, self.saved_step = Progress(), -1
-        self.carries: list[Any] = []               # one for each micro-batch of a step
-
-        torch.manual_seed(recipe.seed)             # the same initial weights on every rank
-        self.model = task.build().to(world.device)
-        freeze(self.model, recipe.frozen)
-        self.names, self.parameters = zip(*((name, p) for name, p in self.model.named_parameters() if p.requires_grad))
-        self.optimizer = optim.build(self.model.named_parameters(), recipe.optim, self.peak_lr)
-        self.scaler = self.precision.scaler()
+        self.learner = learner = Learner(world, task, recipe)
+        self.model, self.optimizer, self.scaler = learner.model, learner.optimizer, learner.scaler
+        self.precision, self.batch_size, self.peak_lr = learner.precision, learner.batch_size, learner.peak_lr
         torch.manual_seed(recipe.seed + 1 + world.rank)         # another dropout on each
         self.window = Window(world.device)
         self._resume()
+        self.compared = Comparison(expect(learner, self.progress.position))
+        learner.distribute()
 
-        self.ddp = world.parallel(self.model)
-        self.guard = Guard(len(self.parameters), world.device)
+        self.guard = Guard(len(learner.parameters), world.device)
         self.metrics = Metrics(run.folder, self.progress.step, self.progress.tokens, active=world.leads)
         self.watch, self.timed, self.warm = Stopwatch(), Timed(), False
         self.finding = recipe.schedule.name == "finder"
@@ -129,39 +123,16 @@ class _Training:
         return self.found("training stops here") if self.finding else self._finished()
 
     def _step(self, step: Step) -> None:
-        """One optimizer step. Nothing in it waits for the device (but fp16's scaler, which must know of overflows)."""
-        progress, world = self.progress, self.world
-        lr = lr_at(self.recipe.schedule, self.peak_lr, self.recipe.stop, step=progress.step, tokens=progress.tokens,
-                   tokens_after=progress.tokens + step.tokens, valid_losses=progress.valid_losses)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        if step.fresh or len(self.carries) != len(step.micro_batches):
-            self.carries = [None] * len(step.micro_batches)
-
-        loss = torch.zeros((), device=world.device)
-        for i, micro_batch in enumerate(step.micro_batches):
-            with world.accumulating(self.ddp, more=i + 1 < len(step.micro_batches)):
-                with self.precision.autocast():
-                    nats, self.carries[i] = self.task.loss(self.ddp, micro_batch, self.carries[i])
-                # ranks hold unequal shares and their gradients are averaged: every target weighs the same this way
-                with self.timed.part("backward"):
-                    self.scaler.scale(nats * (world.size / step.tokens)).backward()
-            loss += nats.detach()
-
-        self.scaler.unscale_(self.optimizer)
-        norm, norms = optim.clip_(self.parameters, self.recipe.optim.clip)
+        progress = self.progress
+        self.lr = lr_at(self.recipe.schedule, self.peak_lr, self.recipe.stop, step=progress.step,
+                        tokens=progress.tokens, tokens_after=progress.tokens + step.tokens,
+                        valid_losses=progress.valid_losses)
+        loss, norm, norms = self.learner.take(step, self.lr, self.timed)
         self.guard.watch(progress.step, loss, None if self.precision.scaled else norm, norms)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-
         self.window.add(loss, norm, step.tokens)
-        self.timed.steps += 1
-        self.timed.tokens += step.tokens
         progress.step += 1
         progress.tokens += step.tokens
         progress.position = step.following
-        self.lr = lr
 
     def _window_loss(self) -> float:
         """The training loss since the last log. Waits for the device, and is the only place of training that does.
@@ -169,7 +140,7 @@ class _Training:
         Collective. Raises Diverged where a loss or gradient was not finite, and where the loss has run away.
         """
         progress = self.progress
-        self.guard.check(self.world, self.names, self._good_checkpoint)
+        self.guard.check(self.world, self.learner.names, self._good_checkpoint)
         nats, = self.world.sum(self.window.nats.item())
         loss = nats / max(1, self.window.tokens)
         if loss > progress.lowest_loss + self.recipe.divergence_nats:
@@ -188,6 +159,8 @@ class _Training:
         if self.warm:
             progress.timed_tokens += timed.tokens
             progress.timed_seconds += seconds
+            if slow := self.compared.add(timed.steps, seconds):
+                self.run.log.warning(slow)
         self.warm = True
         rate, norm = timed.tokens / seconds, window.mean_norm()
         peak = peak_flops(torch.cuda.get_device_name(), self.precision.name) if world.device.type == "cuda" else None
@@ -265,7 +238,7 @@ class _Training:
             cuda = self.world.device.type == "cuda"
             shared = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
                       "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
-            own = {"carries": self.carries, "cpu_rng": torch.get_rng_state(), "window": self.window.state(),
+            own = {"carries": self.learner.carries, "cpu_rng": torch.get_rng_state(), "window": self.window.state(),
                    "cuda_rng": torch.cuda.get_rng_state() if cuda else None}
             meta = {"tokens": self.progress.tokens, "valid_loss": valid_loss, "vocabulary": self.task.vocabulary,
                     "keep": keep}
@@ -308,7 +281,7 @@ class _Training:
                    f"rank-R.pt is missing or damaged on the machine of rank(s) {', '.join(map(str, lacking))}")
             self.run.log.info(f"{why}: memories start empty, so the curve is not continued to the last bit")
             return
-        self.carries = to_device(own["carries"], world.device)
+        self.learner.carries = to_device(own["carries"], world.device)
         torch.set_rng_state(own["cpu_rng"])
         if own["cuda_rng"] is not None and world.device.type == "cuda":
             torch.cuda.set_rng_state(own["cuda_rng"])
@@ -361,8 +334,7 @@ class _Training:
         perplexity = None if best.valid_loss is None else ppl(best.valid_loss)
         rate = progress.timed_tokens / progress.timed_seconds if progress.timed_seconds else None
         targets = clock.targets(perplexity=perplexity, tokens_per_s=rate)
-        words += [f"{'reached' if is_reached else 'MISSED'}: {target}" for target, is_reached in targets.items()]
-        return self._end(", ".join(words), Outcome(True, progress.step, progress.tokens, score),
+        return self._end(", ".join(words + verdicts(targets)), Outcome(True, progress.step, progress.tokens, score),
                          reached={"perplexity": perplexity, "tokens_per_s": rate})
 
     def found(self, why: str) -> Outcome:
@@ -394,10 +366,12 @@ class _Training:
         self.metrics.text("args", f"```\n{json.dumps(to_json(self.recipe), indent=1)}\n```")
         self.metrics.tags(self.progress.tokens, sizes__params=params, sizes__batch_size=self.batch_size,
                           **{f"sizes__{key}": x for key, x in self.task.sizes.items()})
-        frozen = params - sum(p.numel() for p in self.parameters)
+        frozen = params - sum(p.numel() for p in self.learner.parameters)
         of_them = f", {frozen:,} of them frozen" if frozen else ""
         self.run.log.info(f"{params:,} parameters{of_them} | {self.world.size} rank(s) on {self.world.device.type}, "
                           f"{self.precision.name} | {self.batch_size} sequences a step | peak lr {self.peak_lr:.4g}")
+        if self.compared.expected is not None:
+            self.run.log.info(str(self.compared.expected))
 
     def _remaining(self, tokens_per_step: float) -> tuple[float, int]:
         """Tokens to go, and the step at which the run ends (an estimate where tokens decide)."""

@@ -65,9 +65,13 @@ class Gradients:
         """DDP: each gradient as a whole, when it is whole."""
         return Exchange(early=self.total - self.head - self.tails, late=self.head + self.tails)
 
-    def early(self) -> Exchange:
-        """The softmax's part of the table at once; of the embedding's, at the end, the head and the touched rows."""
-        return Exchange(early=self.rest + self.head + self.tails, late=self.head, late_rows=self.tail_rows)
+    def early(self, ranks: int) -> Exchange:
+        """The softmax's part of the table at once; of the embedding's, at the end, the head and the touched rows, or
+        all rows where that is less (engine/tied.py)."""
+        early = self.rest + self.head + self.tails
+        if gathers(self.tail_rows, ranks, self.tails):
+            return Exchange(early, self.head, late_rows=self.tail_rows)
+        return Exchange(early, self.head + self.tails)
 
     def split(self) -> Exchange:
         """Each rank keeps a part of the tails, and no gradient of a table's tails travels. Hidden states of the tails'
@@ -112,6 +116,11 @@ def compute_time(step_s: float, exchange: Exchange, links: Links, *, machines: i
         raise BadValue(f"a step of {1000 * step_s:.4g} ms is shorter than its exchange of gradients at this "
                        f"bandwidth, {1000 * (early_s + late_s):.4g} ms")
     return compute_s
+
+
+def gathers(rows: float, ranks: int, tails: float) -> bool:
+    """Whether rows of each rank, gathered, are less than an all-reduce of all tails, which sends and receives them."""
+    return ranks * rows < 2 * tails
 
 
 def slowest_of(ranks: int) -> float:

@@ -47,18 +47,30 @@ class Window:
         return window
 
 
+def now(device: torch.device) -> float:
+    """Seconds on the wall, when the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+PARTS = ("load", "forward", "backward", "optimizer")
+
+
 @dataclass
 class Timed:
-    """What the stopwatch has seen since its last lap. Seconds of parts are the host's: on a GPU, of giving orders."""
+    """What the stopwatch has seen since its last lap. Seconds of parts are by `clock`: with the host's, on a GPU, those
+    of giving orders."""
+    clock: Callable[[], float] = time.perf_counter
     steps: int = 0
     tokens: int = 0
-    seconds: dict[str, float] = field(default_factory=lambda: {"load": 0.0, "backward": 0.0})
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PARTS, 0.0))
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        begin = self.clock()
         yield
-        self.seconds[name] += time.perf_counter() - begin
+        self.seconds[name] += self.clock() - begin
 
 
 class Guard:

@@ -16,6 +16,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from engine import exchange
+from engine.config import Wire
+from engine.tied import TableExchange, travelling_early
 from engine.values import BadValue
 
 PIECE_BYTES = 256 << 20                           # of a tensor, in one message
@@ -80,12 +83,21 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def parallel(self, model: nn.Module) -> nn.Module:
-        """The model such that gradients, after backward, are the mean over ranks."""
+    def parallel(self, model: nn.Module, wire: Wire = "fp32", bucket_mib: float | None = None) -> nn.Module:
+        """The model such that gradients, after backward, are the mean over ranks. They travel in buckets: None: DDP's,
+        25 MiB but for a small first one; tied tables with tails by themselves (engine/tied.py)."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                       gradient_as_bucket_view=True)
+        tied = travelling_early(model)
+        own = [name for name, parameter in model.named_parameters() if any(parameter is table[0] for table in tied)]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
+        ddp = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib)
+        if wire != "fp32":
+            ddp.register_comm_hook(None, exchange.hook(wire))
+        for table in tied:
+            table.exchange = TableExchange(table, wire, ddp)
+        return ddp
 
     def accumulating(self, model: nn.Module, more: bool) -> contextlib.AbstractContextManager:
         """Around a micro-batch: with `more` to come, gradients stay on their rank."""

@@ -20,7 +20,7 @@ from engine.values import BadValue
 
 LINKS = Links(gpus=8, nvlink=120e9, nic=6.25e9)
 GRADIENTS = Gradients(head=20e6, tails=254e6, rest=110e6, tied=True, tail_rows=.4e6, tail_states=.5e6)
-EXCHANGES = [GRADIENTS.dense(), GRADIENTS.early(), GRADIENTS.split()]
+EXCHANGES = [GRADIENTS.dense(), GRADIENTS.early(8), GRADIENTS.split()]
 EVERYWHERE = [(1, 1), (1, 2), (1, 8), (2, 1), (2, 8), (3, 8), (16, 8), (128, 8)]
 
 
@@ -117,10 +117,11 @@ def test_the_slowest_of_many_is_the_expected_maximum_of_as_many_normal_deviation
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_exchange_sends_all_gradients_but_split_those_of_the_tails(tied):
     g = Gradients(head=20, tails=254, rest=110, tied=tied, tail_rows=1, tail_states=2)
-    dense, early, split = g.dense(), g.early(), g.split()
+    dense, early, split = g.dense(), g.early(507), g.split()
     assert dense.early + dense.late == g.total == (384 if tied else 658)
     assert dense.late == 274                       # the embedding's is ready last; a tied one waits for it as a whole
     assert (early.early, early.late, early.late_rows) == (384, 20, 1)
+    assert g.early(508) == Exchange(early=384, late=274)          # 508 ranks' rows are as much as all are twice
     assert (split.early, split.late, split.early_rows, split.early_swapped) == (130, 20, 4, 2)
     for tails in (0, 1000):                        # how large they are is nothing to split
         assert Gradients(20, tails, 110, tied, 1, 2).split() == split
