@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.fused import Part, linear, softmax_nll
+from engine.tied import Tied
 from engine.values import BadValue
 from txl.config import Model
 
@@ -60,7 +62,9 @@ class AdaptiveVocabulary(nn.Module):
         def projections(count: int) -> nn.ParameterList:
             return nn.ParameterList(torch.empty(model.d_model, sizes[min(i, len(sizes) - 1)][1]) for i in range(count))
 
-        self.tables = nn.ParameterList(torch.empty(size) for size in sizes)
+        tables = [torch.empty(size) for size in sizes]
+        tied = self.shared_table and model.tie_weight and self.samples is None
+        self.tables = Tied(tables[0], self.edges[1]) if tied else nn.ParameterList(tables)
         self.in_projs = projections(len(sizes) if projected else 0)
         self.out_tables = None if model.tie_weight else nn.ParameterList(torch.empty(size) for size in sizes)
         ties = [model.ties_proj(i) for i in range(len(self.clusters))]
@@ -70,19 +74,21 @@ class AdaptiveVocabulary(nn.Module):
         self.cluster_weight = nn.Parameter(torch.empty(len(self.cutoffs), model.d_embed_of(0)))
         self.cluster_bias = nn.Parameter(torch.zeros(len(self.cutoffs)))
 
-    def embed(self, tokens_BT: Tensor) -> Tensor:
+    def embed(self, tokens_BT: Tensor, in_tails: int | None = None) -> Tensor:
         """Embeddings times sqrt(d_model), projected to D. Every table is read for every token and masked: no shape
         depends on the data, and the tail tables are narrow. In the parameters' precision, for it begins the residual
-        stream: autocast would hand on a projection's 16 bits."""
+        stream: autocast would hand on a projection's 16 bits. `in_tails`: how many tokens are beyond the head, if the
+        caller knows."""
         if self.shared_table:
-            embedded = F.embedding(tokens_BT, self.tables[0])
-            embedded = F.linear(embedded, self.in_projs[0]) if len(self.in_projs) else embedded
+            embedded = (self.tables.embed(tokens_BT, in_tails) if isinstance(self.tables, Tied) else
+                        F.embedding(tokens_BT, self.tables[0]))
+            embedded = linear(embedded, self.in_projs[0]) if len(self.in_projs) else embedded
         else:
             embedded = torch.zeros((), device=tokens_BT.device)
             for (low, high), table, proj in zip(self.clusters, self.tables, self.in_projs):
                 inside = (tokens_BT >= low) & (tokens_BT < high)
                 rows = F.embedding((tokens_BT - low).clamp(0, high - low - 1), table)
-                embedded = embedded + F.linear(rows * inside.unsqueeze(-1), proj)
+                embedded = embedded + linear(rows * inside.unsqueeze(-1), proj)
         return embedded.to(self.bias.dtype) * self.d_model ** 0.5
 
     def nll(self, hidden_RD: Tensor, target_R: Tensor, rows: tuple[Tensor, ...] | None = None) -> Tensor:
@@ -96,13 +102,24 @@ class AdaptiveVocabulary(nn.Module):
             return self._sampled_nll(hidden_RD, target_R, self.samples)
         rows = cluster_rows(target_R, self.cutoffs) if rows is None else rows
         head_target_R = target_R
-        for i, (low, high) in enumerate(self.clusters[1:]):
-            head_target_R = torch.where((target_R >= low) & (target_R < high), self.cutoffs[0] + i, head_target_R)
-        nll_R = F.cross_entropy(self._head(hidden_RD), head_target_R, ignore_index=IGNORE, reduction="none")
-        for i, rows_C in enumerate(rows, start=1):
-            logits = self._cluster(i, hidden_RD.index_select(0, rows_C))
-            tail_target = target_R.index_select(0, rows_C) - self.edges[i]
-            nll_R = nll_R.index_add(0, rows_C, F.cross_entropy(logits, tail_target, reduction="none"))
+        for i, rows_C in enumerate(rows):
+            head_target_R = head_target_R.index_fill(0, rows_C, self.cutoffs[0] + i)
+        tables = list(self.tables if self.out_tables is None else self.out_tables)
+        if isinstance(self.tables, Tied):
+            tables = [self.tables.weight()]
+        states = [self._project(0, hidden_RD)]
+        states += [self._project(i, hidden_RD.index_select(0, rows_C)) for i, rows_C in enumerate(rows, start=1)]
+        targets = [head_target_R]
+        targets += [target_R.index_select(0, rows_C) - low for rows_C, low in zip(rows, self.cutoffs)]
+        parts = [[Part(0, low, high) if self.shared_table else Part(i, 0, high - low)]
+                 for i, (low, high) in enumerate(self.clusters)]
+        if self.cutoffs:
+            parts[0].append(Part(len(tables), 0, len(self.cutoffs)))
+        head_bias, *biases = self.bias.split([high - low for low, high in self.clusters])
+        nll_R, *tails = softmax_nll(states, targets, parts, [*tables, self.cluster_weight],
+                                    [torch.cat([head_bias, self.cluster_bias]), *biases])
+        for rows_C, nll_C in zip(rows, tails):
+            nll_R = nll_R.index_add(0, rows_C, nll_C)
         return nll_R
 
     def _sampled_nll(self, hidden_RD: Tensor, target_R: Tensor, samples: int) -> Tensor:
@@ -118,7 +135,7 @@ class AdaptiveVocabulary(nn.Module):
         target = target_R.clamp(min=0)
         table, h = self._table(0), self._project(0, hidden_RD)
         true_R = (h * table[target]).sum(-1).float() + self.bias[target] - chance(target, V, tries).log()
-        others_RS = F.linear(h, table[drawn_S]).float() + self.bias[drawn_S] - chance(drawn_S, V, tries).log()
+        others_RS = linear(h, table[drawn_S]).float() + self.bias[drawn_S] - chance(drawn_S, V, tries).log()
         others_RS = others_RS.masked_fill(again_S | (drawn_S == target.unsqueeze(1)), float("-inf"))
         nll_R = torch.cat([true_R.unsqueeze(1), others_RS], dim=1).logsumexp(1) - true_R
         unused = self.cluster_weight.sum() + self.cluster_bias.sum()      # 0: DDP wants a gradient of every parameter
@@ -135,10 +152,10 @@ class AdaptiveVocabulary(nn.Module):
     def _head(self, hidden_RD: Tensor) -> Tensor:
         weight = torch.cat([self._table(0), self.cluster_weight])
         bias = torch.cat([self.bias[:self.edges[1]], self.cluster_bias])
-        return F.linear(self._project(0, hidden_RD), weight, bias)
+        return linear(self._project(0, hidden_RD), weight, bias)
 
     def _cluster(self, i: int, hidden_RD: Tensor) -> Tensor:
-        return F.linear(self._project(i, hidden_RD), self._table(i), self.bias[self.edges[i]:self.edges[i + 1]])
+        return linear(self._project(i, hidden_RD), self._table(i), self.bias[self.edges[i]:self.edges[i + 1]])
 
     def _table(self, i: int) -> Tensor:
         tables = self.tables if self.out_tables is None else self.out_tables
@@ -148,4 +165,4 @@ class AdaptiveVocabulary(nn.Module):
         if not len(self.in_projs):
             return hidden_RD
         own = str(i) in self.out_projs
-        return F.linear(hidden_RD, (self.out_projs[str(i)] if own else self.in_projs[0 if self.shared_table else i]).T)
+        return linear(hidden_RD, (self.out_projs[str(i)] if own else self.in_projs[0 if self.shared_table else i]).T)

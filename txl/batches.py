@@ -21,13 +21,20 @@ class Segment:
     tokens_BQ: Tensor                             # Q = E + T; E is 0 where a stream begins
     targets_BT: Tensor
     rows: tuple[Tensor, ...]                      # adaptive.cluster_rows of the targets
+    in_tails: int                                 # of the tokens
 
     def to(self, device: torch.device) -> Segment:
         if device.type == "cpu":
             return self
         tokens_BQ, targets_BT, *rows = (x.pin_memory().to(device, non_blocking=True)
                                         for x in (self.tokens_BQ, self.targets_BT, *self.rows))
-        return Segment(tokens_BQ, targets_BT, tuple(rows))
+        return Segment(tokens_BQ, targets_BT, tuple(rows), self.in_tails)
+
+
+def segment_of(tokens_BQ: Tensor, targets_BT: Tensor, cutoffs: tuple[int, ...]) -> Segment:
+    """On the host, which is not to ask a device later."""
+    in_tails = int((tokens_BQ >= cutoffs[0]).sum()) if cutoffs else 0
+    return Segment(tokens_BQ, targets_BT, cluster_rows(targets_BT, cutoffs), in_tails)
 
 
 class Sentences:
@@ -115,9 +122,13 @@ class Streams:
         first, last = self._span(k, tgt_len)
         return int(np.clip(self.lengths - first, 0, last - first).sum())
 
-    def segment(self, streams: range, k: int, context: Context, cutoffs: tuple[int, ...] = ()) -> Segment:
-        """Segment k of these streams. Its shape depends on k alone, not on the streams."""
+    def segment(self, streams: range, k: int, context: Context, cutoffs: tuple[int, ...] = (), *,
+                whole: bool = False) -> Segment:
+        """Segment k of these streams. Its shape depends on k alone, not on the streams; if it is to be `whole`, not on
+        that: behind the end of a text nothing is to be predicted, and nothing is seen of it before."""
         first, last = self._span(k, context.tgt_len)
+        if whole and self._borders is None:
+            last = first + context.tgt_len
         again = min(context.ext_len, first)
         begins_B1, lengths_B1, shifts_B1 = (x[streams.start:streams.stop, None]
                                             for x in (self.begins, self.lengths, self.shifts))
@@ -128,7 +139,7 @@ class Streams:
                                         position_Q)
         targets_BT = torch.from_numpy(np.where(position_Q < lengths_B1, self._at(index_BQ), IGNORE)[:, again:].copy())
         tokens_BQ = torch.from_numpy(self._at(index_BQ - 1))
-        return Segment(tokens_BQ, targets_BT, cluster_rows(targets_BT, cutoffs))
+        return segment_of(tokens_BQ, targets_BT, cutoffs)
 
     def _span(self, k: int, tgt_len: int) -> tuple[int, int]:
         """The positions of segment k in the longest stream."""

@@ -217,24 +217,29 @@ class Recipe(engine.Recipe):
 
 def n_params(model: Model, n_token: int) -> int:
     """Trainable parameters of `model` over a vocabulary of `n_token`, without building it."""
+    d, tables = model.d_model, table_params(model, n_token)
+    clusters = len(model.cutoffs) * (model.d_embed_of(0) + 1)
+    projected = model.div_val > 1 or model.d_embed_of(0) != d
+    in_projs = [d * model.d_embed_of(i) for i in range(len(tables) if model.div_val > 1 else 1)] if projected else []
+    out_projs = [d * model.d_embed_of(i if model.div_val > 1 else 0) for i in range(len(tables))
+                 if projected and not model.ties_proj(i)]
+    return (body_params(model) + sum(tables) * (1 if model.tie_weight else 2) + n_token + clusters + sum(in_projs)
+            + sum(out_projs))
+
+
+def body_params(model: Model) -> int:
+    """Of those, all that are not of the vocabulary."""
     d, heads = model.d_model, model.n_head * model.d_head
     of_positions = {"rel": d * heads, "abs": 0, "shaw": (model.positions or 0) * (heads + model.n_head),
                     "learned": (model.positions or 0) * d}[model.attn_type]
     attention = 3 * d * heads + heads * d + of_positions + 2 * d     # q, k, v; out; r or tables; norm
     feed_forward = 2 * d * model.d_inner + model.d_inner + d + 2 * d
     biases_uv = {"rel": 2, "shaw": 1}.get(model.attn_type, 0) * heads * (model.n_layer if model.untie_r else 1)
-    tables = table_params(model, n_token)
-    clusters = len(model.cutoffs) * (model.d_embed_of(0) + 1)
-    projected = model.div_val > 1 or model.d_embed_of(0) != d
-    in_projs = [d * model.d_embed_of(i) for i in range(len(tables) if model.div_val > 1 else 1)] if projected else []
-    out_projs = [d * model.d_embed_of(i if model.div_val > 1 else 0) for i in range(len(tables))
-                 if projected and not model.ties_proj(i)]
-    return (model.n_layer * (attention + feed_forward) + biases_uv + (2 * d if model.final_lnorm else 0)
-            + sum(tables) * (1 if model.tie_weight else 2) + n_token + clusters + sum(in_projs) + sum(out_projs))
+    return model.n_layer * (attention + feed_forward) + biases_uv + (2 * d if model.final_lnorm else 0)
 
 
 def table_params(model: Model, n_token: int) -> tuple[int, ...]:
-    """Of those, the embedding's table by cluster, the head first. If it is not tied, the softmax has as many more."""
+    """The embedding's table by cluster, the head first. If it is not tied, the softmax has as many parameters more."""
     edges = (0, *model.cutoffs, n_token)
     return tuple((high - low) * model.d_embed_of(i if model.div_val > 1 else 0)
                  for i, (low, high) in enumerate(itertools.pairwise(edges)))

@@ -24,6 +24,7 @@ from engine.world import World
 from txl import exported, options
 from txl.config import Context
 from txl.data import DataError
+from txl.memory import Hidden, Memory
 from txl.model import TransformerXL
 from txl.trained import restore
 from txl.vocab import BpeVocab, CharVocab, Vocab, WordVocab
@@ -48,8 +49,9 @@ class Step(nn.Module):
         self.net, self.context = net, context
 
     def forward(self, tokens_BT: Tensor, memory_LBMD: Tensor, length_B: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden_BTD, (memory_LBMD, length) = self.net.hidden(tokens_BT, (memory_LBMD, length_B.view(-1, 1, 1, 1)),
-                                                            self.context)
+        memory: Memory = memory_LBMD, length_B.view(-1, 1, 1, 1)
+        hidden_BTD, memory = self.net.hidden(tokens_BT, memory, self.context)
+        memory_LBMD, length = cast(Hidden, memory)
         log_prob_RV = self.net.vocabulary.log_prob(hidden_BTD.flatten(0, 1))
         return log_prob_RV.unflatten(0, tokens_BT.shape), memory_LBMD, cast(Tensor, length).view(-1)
 

@@ -25,7 +25,7 @@ from engine.world import world
 from txl import options
 from txl.config import Context
 from txl.data import DataError
-from txl.model import Memory
+from txl.memory import Memory, joined, of_rows
 from txl.search import beam_search, chances
 from txl.text import TextStream, ends_in
 from txl.trained import Trained, precision_of, restore
@@ -57,29 +57,24 @@ class Rows:
         self.context = Context(1, context.mem_len + context.tgt_len // 2, clamp_len=context.clamp_len)
         read = [self._read([trained.corpus.vocab.start, *prompt], context.tgt_len) for prompt in prompts]
         self.log_prob_BV = torch.cat([log_prob_1V for log_prob_1V, _ in read])
-        hidden, lengths = zip(*(memory for _, memory in read))
-        self.memory: Memory = torch.cat(hidden, dim=1), (
-            torch.tensor(lengths, device=self.log_prob_BV.device).view(-1, 1, 1, 1) if len(set(lengths)) > 1 else
-            lengths[0])
+        self.memory = joined([memory for _, memory in read])
 
     @torch.no_grad()
     def advance(self, rows: list[int], tokens: list[int]) -> Tensor:
         """`rows` go on, with these tokens; log p of what follows, [B, V]. A search.Advance."""
-        hidden_LBMD, length = self.memory
-        if rows != list(range(hidden_LBMD.size(1))):
-            self.memory = hidden_LBMD[:, rows], length[rows] if isinstance(length, Tensor) else length
+        if rows != list(range(len(self.log_prob_BV))):
+            self.memory = of_rows(self.memory, rows)
         self.log_prob_BV, self.memory = self._step([[token] for token in tokens], self.memory)
         return self.log_prob_BV
 
     def _read(self, tokens: list[int], tgt_len: int) -> tuple[Tensor, Memory]:
         """A text alone: read with others, its segments would not be those that it has by itself."""
-        memory: Memory | None = None
+        memory = self.net.reading(1, self.context)
         for first in range(0, len(tokens), tgt_len):
             log_prob_1V, memory = self._step([tokens[first:first + tgt_len]], memory)
-        assert memory is not None                              # a start token is always there
         return log_prob_1V, memory
 
-    def _step(self, tokens: list[list[int]], memory: Memory | None) -> tuple[Tensor, Memory]:
+    def _step(self, tokens: list[list[int]], memory: Memory) -> tuple[Tensor, Memory]:
         """One token at a time sees what a whole segment would: memory and, on average, half of the segment."""
         device = next(self.net.parameters()).device
         hidden_BQD, memory = self.net.hidden(torch.tensor(tokens, device=device), memory, self.context)

@@ -4,20 +4,17 @@ B batch, Q query positions, M memory positions, K = M + Q key positions, N heads
 """
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from engine.fused import Dropout, Linear, attend, attention, computing_in, linear, linear_relu
 from txl.adaptive import AdaptiveVocabulary
 from txl.config import Context, Model
-
-# What a stream remembers: hidden_LBMD, the input of each layer at the M positions before the segment, and how many of
-# them (the last ones) are real. M never changes, so a run has one shape from its first step on; a fresh memory has 0.
-# A plain tuple, so that a checkpoint of it loads without trusting a class. Where rows differ in how many, [B, 1, 1, 1].
-Memory = tuple[Tensor, int | Tensor]
+from txl.memory import Fixed, Hidden, Kept, Memory
 
 
 class TransformerXL(nn.Module):
@@ -32,25 +29,29 @@ class TransformerXL(nn.Module):
         self.u = nn.Parameter(torch.empty(biases)) if model.attn_type in ("rel", "shaw") else None
         self.v = nn.Parameter(torch.empty(biases)) if model.attn_type == "rel" else None
         self.final_norm = nn.LayerNorm(model.d_model) if model.final_lnorm else nn.Identity()
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = Dropout(model.dropout)
         initialise(self, model)
 
     def forward(self, tokens_BQ: Tensor, targets_BT: Tensor, memory: Memory | None, context: Context,
-                rows: tuple[Tensor, ...] | None = None) -> tuple[Tensor, Memory]:
+                rows: tuple[Tensor, ...] | None = None, in_tails: int | None = None) -> tuple[Tensor, Memory]:
         """-log p of each target in nats, [B, T] fp32, and the memory for the segment that follows.
 
         tokens_BQ are the T tokens before the targets and, in front of them, the tokens that the extended context
-        re-reads (Q = T + ext). `rows` is adaptive.cluster_rows(targets_BT), if the caller has it.
+        re-reads (Q = T + ext). `rows` is adaptive.cluster_rows(targets_BT), and `in_tails` how many tokens are
+        beyond the head, if the caller has them.
         """
-        hidden_BQD, memory = self.hidden(tokens_BQ, memory, context)
+        hidden_BQD, memory = self.hidden(tokens_BQ, memory, context, in_tails)
         hidden_BTD = hidden_BQD[:, -targets_BT.size(1):]
         nll_R = self.vocabulary.nll(hidden_BTD.flatten(0, 1), targets_BT.flatten(), rows)
         return nll_R.view_as(targets_BT), memory
 
-    def hidden(self, tokens_BQ: Tensor, memory: Memory | None, context: Context) -> tuple[Tensor, Memory]:
+    def hidden(self, tokens_BQ: Tensor, memory: Memory | None, context: Context,
+               in_tails: int | None = None) -> tuple[Tensor, Memory]:
         """The last layer's output, [B, Q, D], and the next memory."""
         B, Q = tokens_BQ.shape
-        h_BQD = self.dropout(self.vocabulary.embed(tokens_BQ))
+        h_BQD = self.dropout(self.vocabulary.embed(tokens_BQ, in_tails))
+        if isinstance(memory, Kept):
+            return self._read(h_BQD, memory, context)
         past_LBMD, length = memory or self.fresh_memory(B, context, h_BQD)
         M = past_LBMD.size(2)
         visible_QK = visible(Q, M, length, context.mem_len if context.same_length else None, h_BQD.device)
@@ -63,14 +64,59 @@ class TransformerXL(nn.Module):
             bias = i if self.config.untie_r else 0
             u_NH, v_NH = (None if biases is None else biases[bias] for biases in (self.u, self.v))
             if i == 0 and self.config.attn_type == "abs" and sines_PD is not None:
-                past_BMD, h_BQD = past_BMD.to(h_BQD.dtype) + sines_PD[:M], h_BQD + sines_PD[M:-1]
-            h_BQD = layer(h_BQD, past_BMD, sines_PD if self.config.attn_type == "rel" else distance_P, u_NH, v_NH,
-                          visible_QK)
+                past_BMD, h_BQD = past_BMD.to(h_BQD.dtype) + sines_PD[1:1 + M], h_BQD + sines_PD[1 + M:]
+            run = layer if self.training else layer.forward    # what may be compiled is for the shapes of training
+            h_BQD = run(h_BQD, past_BMD, sines_PD if self.config.attn_type == "rel" else distance_P, u_NH, v_NH,
+                        visible_QK)
         return self.dropout(self.final_norm(h_BQD)), self._remember(inputs, past_LBMD, length, context)
 
-    def fresh_memory(self, B: int, context: Context, like: Tensor) -> Memory:
+    def fresh_memory(self, B: int, context: Context, like: Tensor) -> Hidden:
         """A memory of zeros of which nothing is real: they are masked, not attended to."""
         return like.new_zeros(self.config.n_layer, B, context.mem_len, self.config.d_model), 0
+
+    def reading(self, B: int, context: Context) -> Memory:
+        """A fresh memory for B streams that are read without gradients, in evaluation, by weights that stay as they
+        are until they are read: where keys do not depend on where they are, the faster kind."""
+        bias, model = self.vocabulary.bias, self.config
+        if model.attn_type not in ("rel", "shaw"):
+            return self.fresh_memory(B, context, bias)
+        kv = torch.zeros(model.n_layer, B, context.mem_len, 2, model.n_head, model.d_head, device=bias.device,
+                         dtype=computing_in(bias))
+        return Kept(kv.unbind(), 0)
+
+    @torch.no_grad()
+    def _read(self, h_BQD: Tensor, kept: Kept, context: Context) -> tuple[Tensor, Memory]:
+        """As `hidden`, of embedded tokens."""
+        Q, M, length = h_BQD.size(1), kept.kv[0].size(1), kept.length
+        reach, P = context.mem_len if context.same_length else None, M + Q + 1
+        fixed, kvs = kept.fixed, []
+        if not fixed or fixed[0].r_NHP.size(2) < P:
+            fixed = self._fixed(P, context.clamp_len, reach, h_BQD)
+        # with a full memory and same_length nothing is to be hidden but by its distance, see rel_shift
+        full = isinstance(length, int) and length == M
+        hidden_QK = None if full and reach is not None and reach <= M else ~visible(Q, M, length, reach, h_BQD.device)
+        new = max(0, Q - context.ext_len)
+        for layer, past_BM2NH, of_layer in zip(cast(Iterable[Layer], self.layers), kept.kv, fixed):
+            h_BQD, kv_BK2NH = layer.read(h_BQD, past_BM2NH, of_layer, hidden_QK)
+            kvs.append(kv_BK2NH[:, new:new + M])
+        length = (length + new).clamp(max=M) if isinstance(length, Tensor) else min(M, length + new)
+        return self.final_norm(h_BQD), Kept(tuple(kvs), length, fixed)
+
+    def _fixed(self, P: int, clamp_len: int | None, reach: int | None, like: Tensor) -> tuple[Fixed, ...]:
+        """In full precision: products with them are in autocast's."""
+        distance_P, further_P = distances(P - 1, clamp_len, like.device), distances(P - 1, None, like.device)
+        dtype, found = computing_in(like), []
+        with torch.autocast(like.device.type, enabled=False):
+            where_P = sinusoids(distance_P, like) if self.config.attn_type == "rel" else distance_P
+            for i, layer in enumerate(cast(Iterable[Layer], self.layers)):
+                bias = i if self.config.untie_r else 0
+                u_NH, v_NH = (None if biases is None else biases[bias] for biases in (self.u, self.v))
+                assert u_NH is not None
+                r_NHP, c_N1P = (x * layer.attention.d_head ** -0.5 for x in layer.attention.fixed(where_P, u_NH, v_NH))
+                c_N1P = c_N1P if reach is None else c_N1P.masked_fill(further_P > reach, float("-inf"))
+                qkv_bias = F.pad(u_NH.flatten(), (0, 2 * u_NH.numel()))
+                found.append(Fixed(*(x.to(dtype).contiguous() for x in (qkv_bias, r_NHP, c_N1P))))
+        return tuple(found)
 
     @torch.no_grad()
     def _remember(self, inputs: list[Tensor], past_LBMD: Tensor, length: int | Tensor, context: Context) -> Memory:
@@ -80,7 +126,7 @@ class TransformerXL(nn.Module):
         new = max(0, Q - context.ext_len)
         segments = torch.stack([h_BQD[:, :new] for h_BQD in inputs]).to(past_LBMD.dtype)
         length = (length + new).clamp(max=M) if isinstance(length, Tensor) else min(M, length + new)
-        return torch.cat([past_LBMD, segments], dim=2)[:, :, new:].detach(), length
+        return torch.cat([past_LBMD, segments], dim=2)[:, :, new:].detach().contiguous(), length
 
 
 class Layer(nn.Module):
@@ -92,10 +138,10 @@ class Layer(nn.Module):
             if model.positions is not None and model.attn_type == "learned" else None
         self.attention_norm = nn.LayerNorm(model.d_model)
         self.feed_forward = nn.Sequential(
-            nn.Linear(model.d_model, model.d_inner), nn.ReLU(), nn.Dropout(model.dropout),
-            nn.Linear(model.d_inner, model.d_model), nn.Dropout(model.dropout))
+            Linear(model.d_model, model.d_inner), nn.ReLU(), Dropout(model.dropout),
+            Linear(model.d_inner, model.d_model), Dropout(model.dropout))
         self.feed_forward_norm = nn.LayerNorm(model.d_model)
-        self.dropout = nn.Dropout(model.dropout)
+        self.dropout = Dropout(model.dropout)
 
     def forward(self, h_BQD: Tensor, past_BMD: Tensor, where_P: Tensor, u_NH: Tensor | None, v_NH: Tensor | None,
                 visible_QK: Tensor) -> Tensor:
@@ -103,7 +149,7 @@ class Layer(nn.Module):
         M = past_BMD.size(1)
         keys_BKD = torch.cat([past_BMD.to(h_BQD.dtype), h_BQD], dim=1)
         if self.positions is not None:
-            keys_BKD = keys_BKD + self.dropout(F.embedding(_rows(where_P, self.positions)[:-1], self.positions))
+            keys_BKD = keys_BKD + self.dropout(F.embedding(_rows(where_P, self.positions)[1:], self.positions))
             h_BQD = keys_BKD[:, M:]
         if self.pre_lnorm:
             keys_BKD = self.attention_norm(keys_BKD)
@@ -114,6 +160,17 @@ class Layer(nn.Module):
         h_BQD = self.attention_norm(h_BQD + attended_BQD)
         return self.feed_forward_norm(h_BQD + self.feed_forward(h_BQD))
 
+    def read(self, h_BQD: Tensor, past_BM2NH: Tensor, fixed: Fixed, hidden_QK: Tensor | None) -> tuple[Tensor, Tensor]:
+        """As forward without gradients and dropout, of keys and values; and these with the segment's own."""
+        queries_BQD = self.attention_norm(h_BQD) if self.pre_lnorm else h_BQD
+        attended_BQD, kv_BK2NH = self.attention.read(queries_BQD, past_BM2NH, fixed, hidden_QK)
+        h_BQD = h_BQD + attended_BQD
+        h_BQD = h_BQD if self.pre_lnorm else self.attention_norm(h_BQD)
+        inner, *_, outer, _ = cast(Iterable[Linear], self.feed_forward)
+        h_BQI = linear_relu(self.feed_forward_norm(h_BQD) if self.pre_lnorm else h_BQD, inner.weight, inner.bias)
+        h_BQD = h_BQD + outer(h_BQI)
+        return h_BQD if self.pre_lnorm else self.feed_forward_norm(h_BQD), kv_BK2NH
+
 
 class Attention(nn.Module):
     """score_ij = (q_i + u).k_j / sqrt(H), softmax over the visible j, values, output. Positions are in its input, or
@@ -123,9 +180,9 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head, self.d_head, self.dropatt = model.n_head, model.d_head, model.dropatt
         width = model.n_head * model.d_head
-        self.qkv = nn.Linear(model.d_model, 3 * width, bias=False)
+        self.qkv = Linear(model.d_model, 3 * width, bias=False)
         self.of_positions(model)                  # here: an optimizer's state in a checkpoint goes by the order
-        self.out = nn.Linear(width, model.d_model, bias=False)
+        self.out = Linear(width, model.d_model, bias=False)
 
     def of_positions(self, model: Model) -> None:
         """Makes the parameters that are about positions."""
@@ -134,34 +191,54 @@ class Attention(nn.Module):
                 v_NH: Tensor | None, visible_QK: Tensor) -> Tensor:
         width, heads = self.n_head * self.d_head, (self.n_head, self.d_head)
         w_q, w_kv = self.qkv.weight.split([width, 2 * width])          # memory needs no queries: a sixth of the work
-        q_BNQH = F.linear(queries_BQD, w_q).unflatten(-1, heads).transpose(1, 2)
-        k_BKNH, v_BKNH = F.linear(keys_BKD, w_kv).unflatten(-1, (2, *heads)).unbind(2)
+        q_BNQH = linear(queries_BQD, w_q).unflatten(-1, heads).transpose(1, 2)
+        k_BKNH, v_BKNH = linear(keys_BKD, w_kv).unflatten(-1, (2, *heads)).unbind(2)
 
-        mask_BNQK = self.mask(q_BNQH, where_P, v_NH, visible_QK)
+        bias_BNQK = self.bias(q_BNQH, where_P, v_NH)
         q_u_BNQH = q_BNQH if u_NH is None else q_BNQH + u_NH.unsqueeze(1).to(q_BNQH.dtype)
-        with _kernels(q_BNQH.device):
-            a_BNQH = F.scaled_dot_product_attention(
-                q_u_BNQH, k_BKNH.transpose(1, 2), v_BKNH.transpose(1, 2), attn_mask=mask_BNQK,
-                dropout_p=self.dropatt if self.training else 0.0)
+        a_BNQH = attention(q_u_BNQH, k_BKNH.transpose(1, 2), v_BKNH.transpose(1, 2), bias_BNQK, visible_QK,
+                           self.dropatt if self.training else 0.0)
         return self.out(a_BNQH.transpose(1, 2).flatten(2))
 
-    def mask(self, q_BNQH: Tensor, where_P: Tensor, v_NH: Tensor | None, visible_QK: Tensor) -> Tensor:
-        """What is added to the scores, -inf where a key is not seen; or which are seen, where nothing is."""
-        return visible_QK
+    def bias(self, q_BNQH: Tensor, where_P: Tensor, v_NH: Tensor | None) -> Tensor | None:
+        """What is added to q·kᵀ."""
+        return None
+
+    def read(self, queries_BQD: Tensor, past_BM2NH: Tensor, fixed: Fixed,
+             hidden_QK: Tensor | None) -> tuple[Tensor, Tensor]:
+        B, Q, _ = queries_BQD.shape
+        qkv_BQ3NH = linear(queries_BQD, self.qkv.weight, fixed.qkv_bias).unflatten(-1, (3, self.n_head, self.d_head))
+        kv_BK2NH = torch.cat([past_BM2NH.to(qkv_BQ3NH.dtype), qkv_BQ3NH[:, :, 1:]], dim=1)
+        P = kv_BK2NH.size(1) + 1
+        q_NRH = qkv_BQ3NH[:, :, 0].flatten(0, 1).transpose(0, 1)
+        scores_NRP = torch.baddbmm(fixed.c_N1P[..., -P:], q_NRH, fixed.r_NHP[..., -P:])
+        bias_BNQK = rel_shift(scores_NRP.unflatten(1, (B, Q)).transpose(0, 1))
+        if hidden_QK is not None:
+            bias_BNQK = bias_BNQK.masked_fill(hidden_QK, float("-inf"))
+        q_BNQH, k_BNKH, v_BNKH = (x.transpose(1, 2) for x in (qkv_BQ3NH[:, :, 0], *kv_BK2NH.unbind(2)))
+        return self.out(attend(q_BNQH, k_BNKH, v_BNKH, bias_BNQK).transpose(1, 2).flatten(2)), kv_BK2NH
+
+    def fixed(self, where_P: Tensor, u_NH: Tensor, v_NH: Tensor | None) -> tuple[Tensor, Tensor]:
+        """r [N, H, P] and c [N, 1, P] with bias = rel_shift((q + u)·r + c)."""
+        raise NotImplementedError
 
 
 class RelativeAttention(Attention):
     """score_ij = ((q_i + u).k_j + (q_i + v).r_{i-j}) / sqrt(H), r from sinusoids of the distances, `where_P` [P, D]."""
 
     def of_positions(self, model: Model) -> None:
-        self.r = nn.Linear(model.d_model, model.n_head * model.d_head, bias=False)
+        self.r = Linear(model.d_model, model.n_head * model.d_head, bias=False)
 
-    def mask(self, q_BNQH: Tensor, where_P: Tensor, v_NH: Tensor | None, visible_QK: Tensor) -> Tensor:
+    def bias(self, q_BNQH: Tensor, where_P: Tensor, v_NH: Tensor | None) -> Tensor:
         assert v_NH is not None
         r_NHP = self.r(where_P).unflatten(-1, (self.n_head, self.d_head)).permute(1, 2, 0)
         q_v_BNQH = q_BNQH + v_NH.unsqueeze(1).to(q_BNQH.dtype)
-        bias_BNQK = rel_shift(q_v_BNQH @ r_NHP) * self.d_head ** -0.5
-        return bias_BNQK.masked_fill(~visible_QK, float("-inf"))
+        return rel_shift(q_v_BNQH @ r_NHP)
+
+    def fixed(self, where_P: Tensor, u_NH: Tensor, v_NH: Tensor | None) -> tuple[Tensor, Tensor]:
+        assert v_NH is not None
+        r_NHP = self.r(where_P).unflatten(-1, (self.n_head, self.d_head)).permute(1, 2, 0)
+        return r_NHP, (v_NH - u_NH).unsqueeze(1) @ r_NHP
 
 
 class ShawAttention(Attention):
@@ -171,34 +248,35 @@ class ShawAttention(Attention):
         self.r = nn.Parameter(torch.empty(model.positions or 0, model.n_head, model.d_head))
         self.r_bias = nn.Parameter(torch.empty(model.positions or 0, model.n_head))
 
-    def mask(self, q_BNQH: Tensor, where_P: Tensor, v_NH: Tensor | None, visible_QK: Tensor) -> Tensor:
+    def bias(self, q_BNQH: Tensor, where_P: Tensor, v_NH: Tensor | None) -> Tensor:
         row_P = _rows(where_P, self.r)
         r_NHP, b_NP = self.r[row_P].permute(1, 2, 0).to(q_BNQH.dtype), self.r_bias[row_P].T.to(q_BNQH.dtype)
-        bias_BNQK = rel_shift(q_BNQH @ r_NHP + b_NP.unsqueeze(1)) * self.d_head ** -0.5
-        return bias_BNQK.masked_fill(~visible_QK, float("-inf"))
+        return rel_shift(q_BNQH @ r_NHP + b_NP.unsqueeze(1))
+
+    def fixed(self, where_P: Tensor, u_NH: Tensor, v_NH: Tensor | None) -> tuple[Tensor, Tensor]:
+        row_P = _rows(where_P, self.r)
+        r_NHP = self.r[row_P].permute(1, 2, 0)
+        return r_NHP, self.r_bias[row_P].T.unsqueeze(1) - u_NH.unsqueeze(1) @ r_NHP
 
 
 def rel_shift(scores_BNQP: Tensor) -> Tensor:
     """Query-by-distance scores to query-by-key scores, [B, N, Q, K] from [B, N, Q, P] with P = K + 1.
 
-    In: column p is distance K-1-p, and the last column is anything. Out: column k is key k. Keys in the query's future
-    are garbage: mask them after. With that spare column, row q of the result starts Q-1-q columns into row q, which
-    makes it one stretch of memory: a view, and its gradient one padded copy.
+    In: column p is distance K-p, the first is spare. Out: column k is key k. Keys in the query's future are garbage,
+    scores of distances that no query of this segment is from a key: they must not be visible. With that spare column,
+    row q of the result starts Q-q columns into row q, which makes it one stretch of memory: a view, aligned where Q and
+    K are multiples of what is to be aligned to, and its gradient one padded copy.
     Source: Transformer-XL (arXiv:1901.02860), appendix B.
     """
     B, N, Q, P = scores_BNQP.shape
     K = P - 1
-    return scores_BNQP.reshape(B, N, Q * P)[:, :, Q - 1:Q - 1 + Q * K].unflatten(2, (Q, K))
-
-
-def _kernels(device: torch.device) -> AbstractContextManager:
-    """Not cuDNN's: its backward with a mask gives NaN at lengths of 64 modulo 128 on Hopper (pytorch #196678)."""
-    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]) if device.type == "cuda" else nullcontext()
+    return scores_BNQP.reshape(B, N, Q * P)[:, :, Q:].unflatten(2, (Q, K))
 
 
 def distances(K: int, clamp_len: int | None, device: torch.device) -> Tensor:
-    """K-1 … 0, at most clamp_len, and one spare, [K + 1]."""
-    return torch.arange(K - 1, -2, -1, device=device).clamp(0, clamp_len)
+    """K (which is spare), K-1 … 0, at most clamp_len, [K + 1]."""
+    distance_P = torch.arange(K, -1, -1, device=device)
+    return distance_P if clamp_len is None else distance_P.clamp(max=clamp_len)
 
 
 def sinusoids(distance_P: Tensor, like: Tensor) -> Tensor:

@@ -173,7 +173,7 @@ SECTIONS: dict[str, tuple[Option, ...]] = {
             note="test, valid, train, an evaluation set by its name; all: all but train"),
         _as("model load eval_ckpt_path", "txl.evaluate --run=runs/mine"),
         _as("manual", "txl.evaluate --text=hello", note="--text=- reads stdin"),
-        _not("manual_config", "python -m benchmarks.train --config=NAME times a model that is not trained"),
+        _not("manual_config", "python -m benchmarks.infer --config=NAME times a model that is not trained"),
         _as("percentiles", "txl.evaluate --percentiles=90,95,99"),
         _as("save_data", "txl.evaluate --save=seconds.json", note="every segment's seconds, as JSON"),
         _as("type save_torchscript load_torchscript", "txl.export --output=model.pt2",

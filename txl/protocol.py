@@ -11,8 +11,7 @@ import numpy as np
 import torch
 
 from engine.values import BadValue
-from txl.adaptive import cluster_rows
-from txl.batches import Segment, Streams
+from txl.batches import Segment, Streams, segment_of
 from txl.config import Context
 
 # exact: every token is a target once. original, nvidia: the split is cut into streams of equal length, whose first
@@ -77,4 +76,4 @@ def _cut(text_BS: np.ndarray, warm: int, mine: range, context: Context,
         end = min(first + context.tgt_len, last)
         targets_BT = rows_BS[:, first + 1:end + 1]
         tokens_BQ = rows_BS[:, max(0, first - context.ext_len):end]
-        yield Segment(tokens_BQ, targets_BT, cluster_rows(targets_BT, cutoffs)), first >= warm
+        yield segment_of(tokens_BQ, targets_BT, cutoffs), first >= warm

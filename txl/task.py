@@ -16,9 +16,10 @@ from engine.task import Position, Score, Step
 from engine.values import BadValue, from_json
 from engine.world import World
 from txl.batches import Segment, Sentences, Streams
-from txl.config import Context, Recipe, flops_per_token
+from txl.config import Context, Recipe, body_params, flops_per_token
 from txl.data import Corpus
-from txl.model import Memory, TransformerXL
+from txl.memory import Memory
+from txl.model import TransformerXL
 from txl.protocol import Protocol, context_for, described, segments
 
 
@@ -38,11 +39,7 @@ class TransformerXLTask:
     @property
     def sizes(self) -> dict[str, float]:
         """For the log: the length of a sequence, and the parameters that are not embeddings."""
-        with torch.device("meta"):
-            net = TransformerXL(self.recipe.model, self.corpus.n_token)
-        tables = sum(p.numel() for p in net.vocabulary.parameters())
-        return {"seq_size": self.recipe.context.tgt_len,
-                "non_emb_params": sum(p.numel() for p in net.parameters()) - tables}
+        return {"seq_size": self.recipe.context.tgt_len, "non_emb_params": body_params(self.recipe.model)}
 
     @property
     def eval_sets(self) -> tuple[str, ...]:
@@ -79,12 +76,15 @@ class TransformerXLTask:
             first = share_done[0] * count // share_done[1]
             for k in range(first, count):
                 following = Position(epoch, k + 1, count) if k + 1 < count else Position(epoch + 1, 0, count)
-                segments = tuple(streams.segment(share, k, context, cutoffs).to(world.device) for share in shares)
+                segments = tuple(                  # whole: one shape is compiled once
+                    streams.segment(share, k, context, cutoffs, whole=recipe.clock.compile).to(world.device)
+                    for share in shares)
                 yield Step(Position(epoch, k, count), following, segments, streams.targets(k, context.tgt_len), k == 0)
             epoch, share_done = epoch + 1, (0, 1)
 
     def loss(self, model: nn.Module, segment: Segment, memory: Memory | None) -> tuple[Tensor, Memory]:
-        nll_BT, memory = model(segment.tokens_BQ, segment.targets_BT, memory, self.recipe.context, segment.rows)
+        nll_BT, memory = model(segment.tokens_BQ, segment.targets_BT, memory, self.recipe.context, segment.rows,
+                               segment.in_tails)
         return nll_BT.sum(), memory
 
     def evaluate(self, model: Any, split: str, world: World) -> Score:
@@ -117,7 +117,7 @@ def evaluate(model: TransformerXL, corpus: Corpus, split: str, context: Context,
     mine = share_of(count, world.rank, world.size)
     reading = context_for(protocol, context)
     nats = torch.zeros((), dtype=torch.float64, device=world.device)
-    tokens, counted, memory = 0, 0, None
+    tokens, counted, memory = 0, 0, model.reading(len(mine), reading)
     for segment, counts in segments(protocol, corpus.splits[split], corpus.vocab.start, count, mine, reading,
                                     model.config.cutoffs):
         tokens += int((segment.targets_BT >= 0).sum()) if counts else 0

@@ -183,13 +183,13 @@ def test_it_computes_as_the_run_was_trained_and_where_that_cannot_be_in_fp32(
     shutil.copytree(run, copy)
     recipe = json.loads((copy / "recipe.json").read_text())
     (copy / "recipe.json").write_text(json.dumps(recipe | {"precision": precision}))
-    attention = Attention.forward
+    attention = Attention.read
 
     def watched(self, *args):
         attended = attention(self, *args)
-        used.add(attended.dtype)
+        used.add(attended[0].dtype)
         return attended
-    monkeypatch.setattr(Attention, "forward", watched)
+    monkeypatch.setattr(Attention, "read", watched)
     for main, flags in ((generate.main, ["--length=3"]), (evaluate.main, ["--text=the quick fox"])):
         assert main([f"--run={copy}", *flags]) == 0
         assert used == {computed}

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from tests.txl import reference
 from txl.adaptive import IGNORE, chance
-from txl.config import Context, Model, flops_per_token, n_params
+from txl.config import Context, Model, body_params, flops_per_token, n_params
 from txl.model import TransformerXL, distances, rel_shift, sinusoids
 
 SMALL = {"n_layer": 2, "d_model": 8, "n_head": 2, "d_head": 3, "d_inner": 10, "dropout": 0.0}
@@ -126,6 +126,35 @@ def test_two_segments_with_memory_equal_one_long_segment():
             assert_close(torch.cat([*short], dim=1), long, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+@pytest.mark.parametrize("name", ["plain", "pre_lnorm_final", "untie_r", "shaw_short", "abs", "learned_short"])
+def test_reading_by_keys_that_are_kept_is_reading_by_hidden_states(name, context):
+    """From an empty memory to a full one, and to an end that is shorter."""
+    net, T = build(MODELS[name]).eval(), context.tgt_len
+    tokens = torch.randint(0, V, (2, 4 * T + 3))
+    hidden, kept = None, net.reading(2, context)
+    for first in range(0, 4 * T + 2, T):
+        targets = tokens[:, first + 1:first + 1 + T]
+        inputs = tokens[:, max(0, first - context.ext_len):first + targets.size(1)]
+        with torch.no_grad():
+            expected, hidden = net(inputs, targets, hidden, context)
+            found, kept = net(inputs, targets, kept, context)
+        assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_what_is_kept_is_fit_for_autocast():
+    net, context = build(MODELS["plain"]).float().eval(), CONTEXTS["same_length"]
+    tokens = torch.randint(0, V, (2, 5, 4))
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        hidden, kept = None, net.reading(2, context)
+        for inputs in tokens.unbind(1):
+            expected, hidden = net(inputs, inputs, hidden, context)
+            found, kept = net(inputs, inputs, kept, context)
+            assert found.dtype == torch.float32
+            assert {x.dtype for x in kept.kv} == {torch.bfloat16}
+            assert_close(found, expected, rtol=.05, atol=.05)
+
+
 def test_in_absolute_positions_a_memory_stands_further_back_with_each_segment():
     """What was remembered gets the positions of now: seen from the segment's end, as one long segment has them."""
     for name in ("abs", "learned"):
@@ -159,17 +188,17 @@ def test_same_length_lets_every_query_see_mem_len_tokens_before_it():
 
 
 def test_rel_shift_matches_its_definition():
-    scores = torch.randn(2, 3, 4, 8)                              # B=2 N=3 Q=4 K=7: memory of 3, and the spare column
+    scores = torch.randn(2, 3, 4, 8)                              # B=2 N=3 Q=4 K=7: the spare column, memory of 3
     shifted = rel_shift(scores)
     assert shifted.shape == (2, 3, 4, 7)
     for q in range(4):
         for k in range(4 + q):                                    # the keys that query q may see
-            assert_close(shifted[..., q, k], scores[..., q, k + 3 - q])
+            assert_close(shifted[..., q, k], scores[..., q, k + 4 - q])
 
 
 def test_positions_are_the_papers_sinusoids_of_clamped_distances():
     embedding = sinusoids(distances(6, 3, torch.device("cpu")), like=torch.empty(10, dtype=torch.float64))
-    for row, distance in enumerate([3, 3, 3, 2, 1, 0, 0]):
+    for row, distance in enumerate([3, 3, 3, 3, 2, 1, 0]):
         assert_close(embedding[row], reference.sinusoid(distance, 10))
 
 
@@ -287,7 +316,9 @@ def test_named_models_have_the_published_number_of_parameters(count, model, n_to
 
 def test_parameter_count_without_building_agrees_with_the_built_model():
     for model in MODELS.values():
-        assert n_params(model, V) == sum(p.numel() for p in build(model).parameters())
+        net = build(model)
+        assert n_params(model, V) == sum(p.numel() for p in net.parameters())
+        assert body_params(model) == n_params(model, V) - sum(p.numel() for p in net.vocabulary.parameters())
 
 
 def test_flops_per_token_agree_with_the_reference():

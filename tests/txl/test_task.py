@@ -7,8 +7,11 @@ from itertools import islice
 import pytest
 import torch
 
+from engine.config import Clock
+from engine.step import Learner
 from engine.task import Position
 from engine.values import BadValue
+from engine.watch import Timed
 from engine.world import World, world
 from tests.ranks import run_ranks
 from tests.txl.small import RECIPE, corpus
@@ -128,3 +131,43 @@ def test_a_validation_may_be_of_the_first_segments_and_the_test_never_is():
     assert scores["test"].tokens == 97
     assert "of each the first 2 segments alone" in scores["valid"].protocol
     assert "alone" not in scores["test"].protocol
+
+
+@pytest.mark.parametrize("attn_type", ["rel", "abs"])
+def test_layers_are_compiled_once_whatever_the_lengths(attn_type):
+    """Two epochs, each with a short end, and evaluations of other lengths between. The compiler's own is left out."""
+    recipe = replace(RECIPE, model=replace(RECIPE.model, attn_type=attn_type), clock=Clock(compile=True),
+                     eval_context=Context(tgt_len=5, mem_len=11))
+    task = TransformerXLTask(recipe, corpus())
+    learner = Learner(ALONE, task, recipe)
+    for layer in learner.model.layers:
+        layer.compile(backend="eager")
+    torch.compiler.reset()
+    steps = task.steps(ALONE, Position())
+    learner.take(next(steps), .01, Timed())
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for k in range(23):
+            learner.take(next(steps), .01, Timed())
+            if k % 9 == 0:
+                learner.model.eval()
+                task.evaluate(learner.model, "valid", ALONE)
+                learner.model.train()
+
+
+def test_the_end_of_an_epoch_that_is_padded_for_the_compiler_trains_as_the_short_one_does():
+    recipe = replace(RECIPE, model=replace(RECIPE.model, dropout=0.0, dropatt=0.0))
+    padded = replace(recipe, clock=replace(recipe.clock, compile=True))
+    widths, losses = [], []
+    for each in (recipe, padded):
+        task = TransformerXLTask(each, corpus())
+        learner = Learner(ALONE, task, recipe, TransformerXLTask(recipe, corpus()).build())
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for p in learner.parameters:
+                p.normal_(0, .3)
+        taken = list(islice(task.steps(ALONE, Position()), 13))
+        widths.append([step.micro_batches[0].tokens_BQ.size(1) for step in taken])
+        losses.append([learner.take(step, .01, Timed())[0].item() / step.tokens for step in taken])
+    assert widths[0][10] < widths[0][9] == 8
+    assert set(widths[1]) == {8}
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
