@@ -1,11 +1,13 @@
-"""What a training step orders of a device, counted rather than timed: kernels, and bytes of the optimizer.
+"""What a step of training, and a segment of the test, order of a device, counted rather than timed: kernels, and bytes
+of the optimizer.
 
     python -m benchmarks.counts --config=nvidia_base
 
 One micro-batch and one optimizer step in eager mode, in fp32, at the config's own size, with torch's fake tensors:
 nothing is computed, and any machine counts the same. A kernel is an operation that reaches the device and is neither a
 view nor an allocation; one for many tensors (foreach) is one. Bytes are those of all tensors that an operation of
-clipping and optimizer takes or returns: a fused one counts its tensors once, a chain of operations each time.
+clipping and optimizer takes or returns: a fused one counts its tensors once, a chain of operations each time. The
+segment is one stream's, read with a full memory.
 """
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
@@ -22,16 +24,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.tables import named
 from benchmarks.train import corpus
-from configs import CONFIGS
-from engine import optim
 from engine.cli import flag, misuse, parse
 from engine.config import Batch
+from engine.fused import as_on_a_gpu
+from engine.step import Learner
 from engine.task import Position
-from engine.values import BadValue, nearest, override
+from engine.values import BadValue
+from engine.watch import Timed
 from engine.world import World
-from txl.batches import Segment
+from txl.batches import Segment, Streams
 from txl.config import Recipe
+from txl.memory import Kept, Memory
 from txl.task import TransformerXLTask
 
 ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
@@ -49,17 +54,18 @@ class Counts:
     forward: int                                  # kernels
     backward: int
     optimizer: int                                # with clipping
+    others: int                                   # of none of these: the loss of the micro-batches is added up
     optimizer_bytes: int
     params: int
 
     @property
     def kernels(self) -> int:
-        return self.forward + self.backward + self.optimizer
+        return self.forward + self.backward + self.optimizer + self.others
 
     def __str__(self) -> str:
         return (f"{self.kernels:,} kernels: {self.forward:,} forward, {self.backward:,} backward, {self.optimizer:,} "
                 f"clipping and optimizer, which move {self.optimizer_bytes / self.params:.1f} bytes a parameter "
-                f"({self.params:,})")
+                f"({self.params:,}), {self.others:,} others")
 
 
 class Ops(TorchDispatchMode):
@@ -87,12 +93,22 @@ class Ops(TorchDispatchMode):
         return result
 
 
+@dataclass
+class Counted(Timed):
+    """Counts the parts of a step instead of timing them."""
+    ops: Ops = field(default_factory=Ops)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        with self.ops.part(name):
+            yield
+
+
 def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, prog="-m benchmarks.counts", about=__doc__ or "")
-    if flags.config not in CONFIGS:
-        misuse(f"There is no config {flags.config!r}.{nearest(flags.config, CONFIGS)}")
     try:
-        print(count(cast(Recipe, override(CONFIGS[flags.config], *flags.set).recipe)))
+        recipe = cast(Recipe, named(flags.config, *flags.set).recipe)
+        print(f"{count(recipe)}\n{reading(recipe)} kernels to read a segment")
     except BadValue as error:
         misuse(str(error))
     return 0
@@ -102,26 +118,36 @@ def count(recipe: Recipe) -> Counts:
     """Of a step with a memory and moments, as all but the first are."""
     recipe = replace(recipe, precision="fp32",
                      batch=Batch(size=min(recipe.batch.micro_size or 32, recipe.batch.total(1))))
-    task = TransformerXLTask(recipe, corpus(recipe))
-    steps, fake, memory = task.steps(World(0, 0, 1, torch.device("cpu")), Position()), FakeTensorMode(), None
+    alone, task, fake = World(0, 0, 1, torch.device("cpu")), TransformerXLTask(recipe, corpus(recipe)), FakeTensorMode()
     with fake:
-        model = task.build()
-        optimizer = optim.build(model.named_parameters(), recipe.optim, 1.0)
-    for step in itertools.islice(steps, 2):
-        ops, segment = Ops(), step.micro_batches[0]
-        segment = Segment(fake.from_tensor(segment.tokens_BQ), fake.from_tensor(segment.targets_BT),
-                          tuple(map(fake.from_tensor, segment.rows)))
-        with fake, ops:
-            with ops.part("forward"):
-                nats, memory = task.loss(model, segment, memory)
-            with ops.part("backward"):
-                (nats / step.tokens).backward()
-            with ops.part("optimizer"):
-                optim.clip_(model.parameters(), recipe.optim.clip)
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-    return Counts(ops.kernels["forward"], ops.kernels["backward"], ops.kernels["optimizer"], ops.bytes["optimizer"],
-                  sum(p.numel() for p in model.parameters()))
+        learner = Learner(alone, task, recipe, task.build())
+    for step in itertools.islice(task.steps(alone, Position()), 2):
+        counted, segment = Counted(), _faked(fake, step.micro_batches[0])
+        with fake, as_on_a_gpu(), counted.ops:
+            learner.take(replace(step, micro_batches=(segment,)), learner.peak_lr, counted)
+    kernels, moved = counted.ops.kernels, counted.ops.bytes
+    return Counts(kernels["forward"], kernels["backward"], kernels["optimizer"], kernels[""], moved["optimizer"],
+                  sum(p.numel() for p in learner.parameters))
+
+
+def reading(recipe: Recipe, batch: int = 1) -> int:
+    """Kernels of a segment of the test in so many streams, in fp32."""
+    text, context, fake = corpus(recipe), recipe.context_of("test"), FakeTensorMode()
+    streams = Streams(text.splits["train"], text.vocab.start, batch)
+    with fake:
+        net = TransformerXLTask(recipe, text).build().eval()
+        fresh: Memory = net.reading(batch, context)
+        memory = replace(fresh, length=context.mem_len) if isinstance(fresh, Kept) else (fresh[0], context.mem_len)
+    for k in range(2):
+        segment, ops = _faked(fake, streams.segment(range(batch), k, context, recipe.model.cutoffs)), Ops()
+        with fake, torch.no_grad(), as_on_a_gpu(), ops:
+            memory = net(segment.tokens_BQ, segment.targets_BT, memory, context, segment.rows)[1]
+    return ops.kernels[""]
+
+
+def _faked(fake: FakeTensorMode, segment: Segment) -> Segment:
+    return Segment(fake.from_tensor(segment.tokens_BQ), fake.from_tensor(segment.targets_BT),
+                   tuple(map(fake.from_tensor, segment.rows)), segment.in_tails)
 
 
 def _storage(x: torch.Tensor) -> int:

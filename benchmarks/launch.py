@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from benchmarks.tables import commit
+from benchmarks.tables import dated, show
 from cluster.local import CHECKOUT
 from cluster.rehearsal import keeper
 from cluster.rehearsal.bench import Bench
@@ -97,10 +97,7 @@ def main(argv: list[str]) -> int:
             first[count] = first_step(folder, count)
             print(f"{count:>2} machine(s): first step after {first[count]:5.1f} s", flush=True)
     rows = [row(count, found, first.get(count)) for count, found in costs.items()]
-    print("\n".join([HEADING, *rows]))
-    if flags.record:
-        with open(TABLE, "a") as table:
-            table.write("".join(f"{line}\n" for line in rows))
+    show(HEADING, rows, TABLE if flags.record else None)
     return 0
 
 
@@ -162,13 +159,14 @@ def row(count: int, costs: list[Cost], first: float | None) -> str:
         return statistics.median(values)
     totals = [cost.total_s for cost in costs]
     parts = " / ".join(f"{median(cost.parts_s[part] for cost in costs):.1f}" for part in PARTS)
-    return (f"| {time.strftime('%Y-%m-%d')} | {commit()} | {count} | {median(cost.calls for cost in costs):.0f} | "
-            f"{median(cost.here for cost in costs):.0f}, {median(cost.inside for cost in costs):.0f} | "
-            f"{median(cost.steps for cost in costs):.0f} | "
-            f"{median(cost.sent for cost in costs) / 1e6:.3f} | "
-            f"{median(totals):.1f} ({min(totals):.1f} to {max(totals):.1f}) | {parts} | "
-            f"{median(cost.cpu_s for cost in costs):.1f} | {median(cost.machines_cpu_s for cost in costs):.1f} | "
-            f"{'' if first is None else f'{first:.0f}'} | {os.cpu_count()} x {processor()} |")
+    return dated(
+        f"{count} | {median(cost.calls for cost in costs):.0f} | "
+        f"{median(cost.here for cost in costs):.0f}, {median(cost.inside for cost in costs):.0f} | "
+        f"{median(cost.steps for cost in costs):.0f} | "
+        f"{median(cost.sent for cost in costs) / 1e6:.3f} | "
+        f"{median(totals):.1f} ({min(totals):.1f} to {max(totals):.1f}) | {parts} | "
+        f"{median(cost.cpu_s for cost in costs):.1f} | {median(cost.machines_cpu_s for cost in costs):.1f} | "
+        f"{'' if first is None else f'{first:.0f}'} | {os.cpu_count()} x {processor()}")
 
 
 @contextlib.contextmanager

@@ -27,12 +27,12 @@ from typing import cast
 
 import torch
 
-from benchmarks.tables import HERE, commit
-from configs import CONFIGS, STDLIB
+from benchmarks.tables import HERE, dated, named, show
+from configs import STDLIB
 from engine.cli import flag, misuse, parse
 from engine.config import Batch, Clock, Stop
 from engine.run import processor
-from engine.values import BadValue, nearest, override, to_json
+from engine.values import BadValue, override, to_json
 from txl.config import Context, Data, Recipe, n_params
 from txl.data import DataError, load
 
@@ -61,15 +61,13 @@ def main(argv: list[str]) -> int:
     flags = parse(Flags, argv, prog="-m benchmarks.quality", about=__doc__ or "")
     if min(flags.tokens, flags.seeds, flags.jobs) < 1:
         misuse("--tokens, --seeds and --jobs must be at least 1")
-    for name in flags.config:
-        if name not in CONFIGS:
-            misuse(f"There is no config {name!r}.{nearest(name, CONFIGS)}")
     try:
+        configs = {name: named(name) for name in flags.config}
         data = override(STDLIB, f"dataset={'stdlib' if flags.data == STDLIB.dir else 'text'}", f"dir={flags.data}",
                         f"vocab={flags.vocab}", f"n_token={flags.n_token if flags.vocab == 'bpe' else 'none'}")
         n_token = load(data).n_token
-        cut = {name: replace(CONFIGS[name], recipe=reduced(cast(Recipe, CONFIGS[name].recipe), data, n_token,
-                                                           flags.tokens)) for name in flags.config}
+        cut = {name: replace(config, recipe=reduced(cast(Recipe, config.recipe), data, n_token, flags.tokens))
+               for name, config in configs.items()}
         recipes = {name: cast(Recipe, override(config, *flags.set).recipe) for name, config in cut.items()}
     except (BadValue, DataError) as error:
         misuse(str(error))
@@ -80,16 +78,14 @@ def main(argv: list[str]) -> int:
         losses = list(pool.map(lambda run: trained(run[0], run[1], threads), runs))
     command = f"`{words}`" if (words := " ".join(word for word in argv if word != "--record")) else "no flags"
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor()
-    print(HEADING)
+    rows = []
     for name, recipe in recipes.items():
         ppls = [math.exp(loss) for (of, _), loss in zip(runs, losses) if of == name]
-        row = (f"| {time.strftime('%Y-%m-%d')} | {commit()} | {command} | {name} | "
-               f"{n_params(recipe.model, n_token):,} | {tokens(recipe):,} | {flags.seeds} | {spread(ppls)} | "
-               f"{device}, torch {torch.__version__} |")
-        print(row)
-        if flags.record:
-            with open(TABLE, "a") as table:
-                table.write(row + "\n")
+        rows.append(dated(
+            f"{command} | {name} | "
+            f"{n_params(recipe.model, n_token):,} | {tokens(recipe):,} | {flags.seeds} | {spread(ppls)} | "
+            f"{device}, torch {torch.__version__}"))
+    show(HEADING, rows, TABLE if flags.record else None)
     return 0
 
 

@@ -17,19 +17,19 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 from benchmarks.published import LINKS, SERIES, Kind, Series
+from benchmarks.tables import named
 from cluster.prices import UTILISATION
 from cluster.spec import Config
 from configs import CONFIGS
 from engine.cli import flag, misuse, parse
 from engine.peaks import PEAK_TFLOPS
 from engine.scaling import Assumptions, Exchange, Gradients, StepTime, compute_time, step_time, warning
-from engine.values import BadValue, nearest
+from engine.values import BadValue
 from txl.config import Recipe, table_params
 
 MOST_GPUS = 1024
 # Of the targets, those beyond the head's words: about 6% of wikitext-103 with 20,000 words in the head. Taken for all.
 TAIL_SHARE = 0.062
-TODAY = "dense, 32 bits (the engine's)"           # DDP of float32 weights
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,26 @@ class Workload:
         """Of a gradient's element, where those of 16-bit training travel in 16 bits as the ancestors' did."""
         return 16 if self.recipe.precision in ("fp16", "bf16") else 32
 
-    def plans(self) -> dict[str, Exchange]:
+    @property
+    def today(self) -> str:
+        """The engine's way of those below."""
+        return f"{'early' if self._early else 'dense'}, {32 if self.recipe.wire == 'fp32' else 16} bits"
+
+    def plans(self, ranks: int) -> dict[str, Exchange]:
         """Ways to exchange the gradients, and what each sends. Early and split are about tails."""
-        gradients, plans = self.gradients(self.bits), {TODAY: self.gradients(32).dense()}
-        if self.bits < 32:
-            plans[f"dense, {self.bits} bits"] = gradients.dense()
-        if gradients.tails:
-            plans |= {f"early, {self.bits} bits": gradients.early(), f"split, {self.bits} bits": gradients.split()}
+        in_bits = {bits: self.gradients(bits) for bits in (32, 16)}
+        plans = {f"dense, {bits} bits": gradients.dense() for bits, gradients in in_bits.items()}
+        if self._early:
+            plans |= {f"early, {bits} bits": gradients.early(ranks) for bits, gradients in in_bits.items()}
+        if in_bits[16].tails:
+            plans |= {f"split, {self.bits} bits": in_bits[self.bits].split()}
         return plans
+
+    @property
+    def _early(self) -> bool:
+        """One table for all words, which embeds and is the softmax's."""
+        model = self.recipe.model
+        return bool(model.cutoffs) and model.tie_weight and model.div_val == 1 and model.sample_softmax is None
 
 
 def main(argv: list[str]) -> int:
@@ -103,10 +115,9 @@ def main(argv: list[str]) -> int:
 
 def predicted(flags: Flags, assumed: Assumptions) -> Iterator[str]:
     """The table of a config, and all that was assumed."""
-    if flags.config not in CONFIGS:
-        raise BadValue(f"There is no config {flags.config!r}.{nearest(flags.config or '', CONFIGS)}" if flags.config
-                       else "--predict needs --config=NAME")
-    config = CONFIGS[flags.config]
+    if flags.config is None:
+        raise BadValue("--predict needs --config=NAME")
+    config = named(flags.config)
     kind = kind_of(config, flags.kind)
     links = kind.links if flags.nic_gb is None else replace(kind.links, nic=1e9 * flags.nic_gb)
     gpus = config.machines.gpus if flags.kind is None and config.machines.gpus else links.gpus
@@ -114,16 +125,16 @@ def predicted(flags: Flags, assumed: Assumptions) -> Iterator[str]:
     compute_s, source = compute(config, work, kind, flags.step_ms, assumed)
     compute_s /= flags.speedup
 
-    def on(machines: int, exchange: Exchange) -> StepTime:
-        return step_time(compute_s, exchange, links, machines=machines, gpus=gpus, micro_batches=work.micro_batches,
-                         assumed=assumed)
+    def on(machines: int, plan: str) -> StepTime:
+        return step_time(compute_s, work.plans(machines * gpus)[plan], links, machines=machines, gpus=gpus,
+                         micro_batches=work.micro_batches, assumed=assumed)
 
     yield "| exchange | machines | GPUs | tokens/s | step ms | compute / exposed / stragglers ms | efficiency |"
     yield "|---|--:|--:|--:|--:|---|--:|"
-    for name, exchange in work.plans().items():
-        one = on(1, exchange)
+    for name in work.plans(1):
+        one = on(1, name)
         for machines in doubling(MOST_GPUS // gpus):
-            step = on(machines, exchange)
+            step = on(machines, name)
             yield (f"| {name} | {machines} | {machines * gpus:,} | {machines * gpus * work.tokens / step.total_s:,.0f} "
                    f"| {1000 * step.total_s:.1f} | {1000 * step.compute_s:.1f} / {1000 * step.exposed_s:.1f} / "
                    f"{1000 * step.stragglers_s:.1f} | {one.total_s / step.total_s:.1%} |")
@@ -134,13 +145,14 @@ def predicted(flags: Flags, assumed: Assumptions) -> Iterator[str]:
     yield f"- Compute, {1000 * compute_s:.1f} ms for {work.tokens:,} tokens on one GPU: {source}{faster}."
     yield (f"- Gradients in {work.bits} bits, MB: head {sent.head / 1e6:.0f}, tails {sent.tails / 1e6:.0f}, rest "
            f"{sent.rest / 1e6:.0f}; {TAIL_SHARE:.1%} of the tokens in the tails (of wikitext-103's words; assumed).")
+    yield f"- The engine's is {work.today!r}, by recipe.optim.exchange."
     yield f"- Inside a machine {links.nvlink / 1e9:g} GB/s: {kind.nvlink_source}."
     yield f"- Between machines {links.nic / 1e9:g} GB/s: {nic}."
     yield (f"- {assumed.overlap:.0%} of compute can hide what is ready early; GPUs deviate by {assumed.spread:.0%} "
            f"from step to step; {1e6 * assumed.hop_s:g} us for each {assumed.bucket / 1e6:g} MB and hop. All assumed.")
     if flags.measured_ms is not None:
         count = config.machines.count
-        expected_s = on(count, work.plans()[TODAY]).total_s
+        expected_s = on(count, work.today).total_s
         yield ""
         yield (warning(expected_s, flags.measured_ms / 1000)
                or f"{flags.measured_ms:g} ms on {count} machine(s) is as expected, {1000 * expected_s:.4g} ms.")
