@@ -4,13 +4,15 @@ B batch, Q query positions, M memory positions, K = M + Q key positions, N heads
 """
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.draw import draw
 from engine.fused import Dropout, Linear, attend, attention, computing_in, linear, linear_relu
 from txl.adaptive import AdaptiveVocabulary
 from txl.config import Context, Model
@@ -301,19 +303,21 @@ def visible(Q: int, M: int, length: int | Tensor, reach: int | None, device: tor
     return seen_QK if reach is None else seen_QK & (query_Q1 - key_K <= reach)
 
 
-@torch.no_grad()
 def initialise(net: TransformerXL, model: Model) -> None:
     """The ancestors' rules: weights N(0, init_std) or U(±init_range), projections N(0, proj_init_std), biases 0,
     norms' weights N(1, init_std)."""
-    for name, parameter in net.named_parameters():
-        owner = name.rpartition(".")[0]
-        if "norm" in owner and name.endswith("weight"):
-            parameter.normal_(1.0, model.init_std)
-        elif name.endswith("bias"):
-            parameter.zero_()
-        elif "in_projs" in owner or "out_projs" in owner:
-            parameter.normal_(0.0, model.proj_init_std)
-        elif model.init == "uniform":
-            parameter.uniform_(-model.init_range, model.init_range)
-        else:
-            parameter.normal_(0.0, model.init_std)
+    draw((parameter, _rule(name, model)) for name, parameter in net.named_parameters())
+
+
+def _rule(name: str, model: Model) -> Callable[..., object]:
+    """By a parameter's name."""
+    owner = name.rpartition(".")[0]
+    if "norm" in owner and name.endswith("weight"):
+        return partial(Tensor.normal_, mean=1.0, std=model.init_std)
+    if name.endswith("bias"):
+        return lambda bias, **_: bias.zero_()
+    if "in_projs" in owner or "out_projs" in owner:
+        return partial(Tensor.normal_, mean=0.0, std=model.proj_init_std)
+    if model.init == "uniform":
+        return lambda weight, **how: weight.uniform_(-model.init_range, model.init_range, **how)
+    return partial(Tensor.normal_, mean=0.0, std=model.init_std)

@@ -20,9 +20,10 @@ def random(*shape: int, dtype: torch.dtype = torch.float64, requires_grad: bool 
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_linear_map_and_its_gradients_are_those_of_float64(shape, bias):
     torch.manual_seed(0)
-    ours = Linear(5, 6, bias=bias)
     truth = torch.nn.Linear(5, 6, bias=bias, dtype=torch.float64)
-    truth.load_state_dict(ours.state_dict())
+    ours = Linear(5, 6, bias=bias)
+    ours.load_state_dict(truth.state_dict())
+    truth.load_state_dict(ours.state_dict())      # rounded
     x = random(*shape, dtype=torch.float32)
     exact = x.detach().double().requires_grad_()
     weights = random(*shape[:-1], 6, requires_grad=False)
@@ -33,9 +34,16 @@ def test_a_linear_map_and_its_gradients_are_those_of_float64(shape, bias):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
+def test_making_a_linear_map_draws_nothing():
+    before = torch.get_rng_state()
+    Linear(5, 6)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_linear_map_takes_what_is_not_laid_out_in_rows():
     torch.manual_seed(0)
     layer, x = Linear(5, 6), random(5, 7, dtype=torch.float32).t()
+    layer.load_state_dict(torch.nn.Linear(5, 6).state_dict())
     torch.testing.assert_close(layer(x), F.linear(x.contiguous(), layer.weight, layer.bias))
 
 
@@ -163,6 +171,7 @@ def test_a_gpus_operations_give_the_numbers_of_a_cpus():
     x = [random(2, 3, 4, 5, dtype=torch.float32) for _ in range(3)]
     bias, visible = random(2, 3, 4, 4, dtype=torch.float32), torch.ones(4, 4, dtype=torch.bool).tril()
     layer = Linear(5, 6)
+    layer.load_state_dict(torch.nn.Linear(5, 6).state_dict())
 
     def run():
         y = layer(attention(*x, bias, visible))
