@@ -1,12 +1,16 @@
-"""Megabytes per second from a text to the files of its tokens, and seconds from there to the first batch of training.
+"""Megabytes per second from a text to the files of its tokens, and seconds from there to the first step of training.
 
     python -m benchmarks.data
+    python -m benchmarks.data --config=nvidia_large
     python -m benchmarks.data --path=data/wikitext-103/train.txt --record
     python -m benchmarks.data --against=../transformer-xl
 
 Tokens are words: counted, numbered by frequency, encoded, and on the disk. Each round is a process of its own, whose
 imports do not count. Without --path the text is made: words that look like nothing, as frequent as those of natural
 text, in lines as long as wikitext-103's. It needs Linux.
+
+The start is that of --config on one rank, from torch imported to where the first step begins (benchmarks/start.py), at
+the config's own size: its tokens are of a text that has as many different words as the config expects.
 
 --against runs a checkout of a peer on the same text, in turn with ours: kimiyoung's, cybertronai's or NVIDIA's. It
 counts and encodes; writing its cache is not timed. --record adds a row to benchmarks/data.md.
@@ -24,32 +28,33 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 from unittest.mock import MagicMock
 
 import numpy as np
 
-from benchmarks.tables import dated, show
+from benchmarks.tables import dated, named, show
 from engine.cli import flag, misuse, parse
-from engine.values import BadValue
-from txl.config import Data
+from engine.values import BadValue, to_json
+from txl.config import Data, Recipe
 from txl.data import load, prepare
 
 HERE = Path(__file__).parent
 TABLE = HERE / "data.md"
 LETTERS = "etaoinshrdlucmfwygpbvkxqjz"
-HEADING = ("| date | commit | command | text | MB/s | range | MB per CPU second | peak MB | first batch s | against | "
-           "machine |")
+HEADING = ("| date | commit | command | text | MB/s | range | MB per CPU second | peak MB | first batch s | "
+           "first step s | against | machine |")
 
 
 @dataclass(frozen=True)
 class Flags:
     path: str | None = flag("a text in UTF-8, rather than one that is made", default=None)
     mb: int = flag("the size of the text that is made", default=100)
+    config: str = flag("whose start is timed: a name of configs.py or benchmarks/races.py", default="nvidia_base")
     rounds: int = flag("the median counts", default=5)
     against: str | None = flag("a checkout of a peer", default=None)
     record: bool = flag("add the row to benchmarks/data.md", default=False)
@@ -71,6 +76,7 @@ def main(argv: list[str]) -> int:
     from engine.run import processor
     try:
         peer = peers.find(flags.against).name if flags.against is not None else None
+        recipe = cast(Recipe, named(flags.config).recipe)
     except BadValue as error:
         misuse(str(error))
     with TemporaryDirectory() as temporary:
@@ -83,6 +89,7 @@ def main(argv: list[str]) -> int:
                 others.append(Round(**_apart("theirs", folder, flags.against)))
         words = load(prepare(Data("text", temporary))).n_token
         to_batch = statistics.median(_apart("first_batch", folder) for _ in range(flags.rounds))
+        starts = time_starts(folder, recipe, flags.rounds)
     rates = sorted(mb / x.seconds for x in rounds)
     said = "-"
     if others:
@@ -90,14 +97,14 @@ def main(argv: list[str]) -> int:
         said = (f"{peer}: {statistics.median(mb / x.seconds for x in others):.1f} MB/s; "
                 f"{statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) times as fast; "
                 f"its ids are {'the same' if {x.ids for x in [*rounds, *others]} == {rounds[0].ids} else 'OTHERS'}")
-    command = " ".join(f"--{name}={x}" for name, x in [("path", flags.path), ("mb", flags.mb), ("rounds", flags.rounds),
-                                                       ("against", peer)] if x is not None)
+    command = " ".join(f"--{name}={x}" for name, x in [("path", flags.path), ("mb", flags.mb), ("config", flags.config),
+                                                       ("rounds", flags.rounds), ("against", peer)] if x is not None)
     peaks = [max(peak) for peak in zip(*(x.peaks_mb for x in rounds))]
     measured = dated(
         f"`{command}` | {mb:.0f} MB, {words:,} words | "
         f"{statistics.median(rates):.1f} | {rates[0]:.1f} to {rates[-1]:.1f} | "
         f"{statistics.median(mb / x.cpu for x in rounds):.1f} | {peaks[0]:.0f}, its processes {peaks[1]:.0f} | "
-        f"{to_batch:.2f} | {said} | {len(os.sched_getaffinity(0))} x {processor()}, "
+        f"{to_batch:.2f} | {_of_starts(starts)} | {said} | {len(os.sched_getaffinity(0))} x {processor()}, "
         f"torch {version('torch')}")
     show(HEADING, [measured], TABLE if flags.record else None)
     return 0
@@ -133,6 +140,36 @@ def write_text(path: Path, size: int, n_word: int = 300_000) -> None:
             ends = generator.integers(5, 220, 1000).cumsum()
             lines = (" ".join(chosen[first:last]) for first, last in zip([0, *ends], ends[ends < len(chosen)]))
             out.write("".join(f" {line} \n \n" for line in lines).encode())
+
+
+def time_starts(folder: Path, recipe: Recipe, rounds: int) -> list[dict[str, list[float]]]:
+    """What benchmarks/start.py says of each. `folder` is lay_out's."""
+    data, run = text_for(recipe, folder), folder / "run"
+    prepare(data)
+    starts = []
+    for _ in range(rounds):
+        shutil.rmtree(run, ignore_errors=True)
+        run.mkdir()
+        (run / "recipe.json").write_text(json.dumps(to_json(replace(recipe, data=data))))
+        result = subprocess.run([sys.executable, "-m", "benchmarks.start", str(run / "recipe.json")], check=True,
+                                stdout=subprocess.PIPE, text=True, cwd=HERE.parent)
+        starts.append(json.loads(result.stdout.splitlines()[-1]))
+    return starts
+
+
+def text_for(recipe: Recipe, folder: Path) -> Data:
+    """A data set for a recipe: lay_out's, or a text of as many different words as its vocabulary must have, which is
+    long enough for a step."""
+    data = replace(recipe.data, dataset="text", dir=str(folder), word_list=None, eval_sets=())
+    if data.vocab != "word" or data.n_token is None:
+        return data
+    words = _words(np.random.default_rng(0), data.n_token - 1)       # and the end of a line
+    lines = [" ".join(words[i:i + 50]) + "\n" for i in range(0, len(words), 50)]
+    times = -(-recipe.batch.total(1) * recipe.context.tgt_len // len(words))
+    (folder / "sized").mkdir()
+    for split, text in (("train", times * lines), ("valid", lines[:1]), ("test", lines[:1])):
+        (folder / "sized" / f"{split}.txt").write_text("".join(text))
+    return replace(data, dir=str(folder / "sized"))
 
 
 def ours(folder: Path) -> dict[str, Any]:
@@ -179,6 +216,13 @@ def _apart(function: str, folder: Path, *arguments: str) -> Any:
     result = subprocess.run([sys.executable, "-c", program, function, str(folder), *arguments], stdout=subprocess.PIPE,
                             text=True, check=True, cwd=HERE.parent)
     return json.loads(result.stdout.splitlines()[-1])
+
+
+def _of_starts(starts: list[dict[str, list[float]]]) -> str:
+    """Medians: the whole, with the processor's seconds, and its parts."""
+    wall, cpu = (statistics.median(sum(x[i] for x in start.values()) for start in starts) for i in range(2))
+    parts = [f"{name} {statistics.median(start[name][0] for start in starts):.2f}" for name in starts[0]]
+    return f"{wall:.2f} ({cpu:.2f} of a processor): {' + '.join(parts)}"
 
 
 def _clocks() -> tuple[float, float]:
