@@ -80,7 +80,8 @@ def main(argv: list[str]) -> int:
 
 def sent(recipe: Recipe, n_token: int) -> dict[str, int]:
     """Bytes of gradients of a step by group. A tied table is embedding and softmax at once; where it travels in two
-    parts (engine/tied.py), the head is in both. The rows of the tails that were read follow from the text."""
+    parts (engine/tied.py), the head is in both, and where it is split (engine/split.py) the tails are in none. What
+    rows of the tails and hidden states make follows from the text."""
     with torch.device("meta"):
         net = TransformerXL(recipe.model, n_token)
     freeze(net, recipe.frozen)
@@ -91,6 +92,8 @@ def sent(recipe: Recipe, n_token: int) -> dict[str, int]:
                 groups[group] = groups.get(group, 0) + elements * wire_type(recipe.wire).itemsize
     if travelling_early(net):
         groups["word table: head, again"] = groups["word table: head"]
+        if recipe.clock.split_tails:
+            groups["word table: tails"] = 0
     return groups
 
 

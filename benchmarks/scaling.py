@@ -77,7 +77,8 @@ class Workload:
     @property
     def today(self) -> str:
         """The engine's way of those below."""
-        return f"{'early' if self._early else 'dense'}, {32 if self.recipe.wire == 'fp32' else 16} bits"
+        way = "split" if self.recipe.clock.split_tails else "early" if self._early else "dense"
+        return f"{way}, {32 if self.recipe.wire == 'fp32' else 16} bits"
 
     def plans(self, ranks: int) -> dict[str, Exchange]:
         """Ways to exchange the gradients, and what each sends. Early and split are about tails."""
@@ -86,7 +87,7 @@ class Workload:
         if self._early:
             plans |= {f"early, {bits} bits": gradients.early(ranks) for bits, gradients in in_bits.items()}
         if in_bits[16].tails:
-            plans |= {f"split, {self.bits} bits": in_bits[self.bits].split()}
+            plans |= {f"split, {bits} bits": gradients.split() for bits, gradients in in_bits.items()}
         return plans
 
     @property

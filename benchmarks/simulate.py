@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from engine.config import Wire
 from engine.expect import all_reduce_s
 from engine.run import processor
 from engine.scaling import Assumptions, Exchange, Gradients, Links, step_time
+from engine.split import Reads, Shards, Split
 from engine.tied import Tied
 from engine.values import BadValue
 from engine.world import World, leave, world
@@ -62,13 +63,13 @@ class Plan:
     name: str
     wire: Wire
     bucket_mb: float = 25.0
-    early: bool = False
+    way: Literal["dense", "early", "split"] = "dense"
     shaped: bool = True
 
     def exchange(self, in_16_bits: Gradients, bucket: float, ranks: int) -> Exchange:
         """What the model is told. With a single bucket nothing is ready early."""
-        if self.early:
-            return in_16_bits.early(ranks)
+        if self.way != "dense":
+            return in_16_bits.early(ranks) if self.way == "early" else in_16_bits.split()
         scale, dense = (2 if self.wire == "fp32" else 1), in_16_bits.dense()
         if bucket > scale * in_16_bits.total:
             return Exchange(0.0, scale * in_16_bits.total)
@@ -81,7 +82,8 @@ PLANS = (
     Plan("dense, 32 bits, nothing overlapped", "fp32", bucket_mb=1e6),
     Plan("dense, 16 bits", "bf16"),
     Plan("dense, 16 bits, buckets of 5 MB", "bf16", bucket_mb=5),
-    Plan("early, 16 bits", "bf16", early=True),
+    Plan("early, 16 bits", "bf16", way="early"),
+    Plan("split, 16 bits", "bf16", way="split"),
 )
 
 
@@ -165,45 +167,67 @@ def predicted_s(scene: Scene, plan: Plan, count: int, measured: Measured) -> flo
 
 
 class _Slow(torch.autograd.Function):
-    """Passes on what it gets, later; backward, the weight's gradient is there after its time."""
+    """Passes on what it gets, later; backward, the weight's gradient is there after its time. `meanwhile`: called half
+    way, as the softmax's when it has scores and has not added them up."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, seconds: float, meanwhile: Callable[[], None] | None = None
+                ) -> Tensor:
         ctx.weight, ctx.seconds = weight, seconds
-        time.sleep(FORWARD * seconds)
+        time.sleep(FORWARD * seconds / 2)
+        if meanwhile is not None:
+            meanwhile()
+        time.sleep(FORWARD * seconds / 2)
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         time.sleep((1 - FORWARD) * ctx.seconds)
-        return grads[0], torch.zeros_like(ctx.weight), None
+        return grads[0], torch.zeros_like(ctx.weight), None, None
 
 
 class Sleeper(nn.Module):
-    """A tied table, read first and last, and layers between. `early`: the engine's (engine/tied.py), of whose tails as
-    many rows are read as tokens would; else a parameter as any other."""
+    """A tied table, read first and last, and layers between. Early and split: the engine's (engine/tied.py, split.py),
+    of whose tails as many rows are read, and as many are targets, as tokens would; else a parameter as any other."""
 
-    def __init__(self, gradients: Gradients, compute_s: float, early: bool):
+    def __init__(self, gradients: Gradients, compute_s: float, plan: Plan, w: World):
         super().__init__()
 
         def parameter(size: float) -> nn.Parameter:
             return nn.Parameter(torch.zeros(max(1, round(size / 2))))
-        if early:
+        self.tied: Tied | None = None
+        self.reads: Reads | None = None
+        if plan.way == "dense":
+            self.table = parameter(gradients.head + gradients.tails)
+        else:
             head, tails, read = (round(size / 2 / WIDTH) for size in (
                 gradients.head, gradients.tails, gradients.tail_rows))
-            self.table: nn.ParameterList = Tied(torch.zeros(head + tails, WIDTH), head)
-            self.tokens = torch.arange(head, head + read)
-        else:
-            self.table = nn.ParameterList([parameter(gradients.head + gradients.tails)])
+            self.tied = Tied(torch.zeros(head + tails, WIDTH), (head,))
+            self.tokens, self.targets = head + torch.arange(read) * tails // read, torch.arange(read)
+            if plan.way == "split":
+                self.bias = nn.Parameter(torch.zeros(head + tails))
+                Split([self.tied], w.rank, w.size, plan.wire, torch.optim.SGD(self.parameters()), self)
+                self.reads = Reads(Shards((head, head + tails), w.size), self.tokens, [read])
+                self.reads.ask_how_many()
+                self.reads.ask_which(w.rank)
         self.layers = nn.ParameterList(parameter(gradients.rest / LAYERS) for _ in range(LAYERS))
         self.part_s = compute_s / (LAYERS + 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        table = self.table
-        x = x + table.embed(self.tokens).sum() if isinstance(table, Tied) else _Slow.apply(x, table[0], 0.0)
+        tied, rows = self.tied, torch.zeros(0)
+        if tied is not None:
+            rows = tied.embed(self.tokens, reads=self.reads)
+            x = x + rows.sum()
+        else:
+            x = _Slow.apply(x, self.table, 0.0)
         for layer in self.layers:
             x = _Slow.apply(x, layer, self.part_s)
-        return _Slow.apply(x, table.weight() if isinstance(table, Tied) else table[0], self.part_s)
+        if tied is None or tied.tails is None or self.reads is None:
+            return _Slow.apply(x, self.table if tied is None else tied.weight(), self.part_s)
+        with torch.autocast("cpu", torch.bfloat16):              # hidden states have the products' bits
+            sent = tied.tails.send([rows * 0 + x], [self.targets], self.bias, self.reads)
+            x = _Slow.apply(x, tied.weight(), self.part_s, sent.score)
+            return x + sent.nll()[0].sum()
 
 
 def _rank(scene: Scene, pipe: Any) -> None:
@@ -225,7 +249,7 @@ def _rank(scene: Scene, pipe: Any) -> None:
 
 def _steps(w: World, plan: Plan, scene: Scene) -> list[float]:
     """Seconds of each timed step. Two before them: DDP lays its buckets out after the first."""
-    model = Sleeper(scene.gradients, scene.compute_s, plan.early)
+    model = Sleeper(scene.gradients, scene.compute_s, plan, w)
     ddp = w.parallel(model, plan.wire, bucket_mib=plan.bucket_mb * 1e6 / scene.shrink / 2 ** 20 * (
         1 if plan.wire == "fp32" else 2))          # DDP counts float32, the wire 16 bits
     x = torch.zeros(1, requires_grad=True)

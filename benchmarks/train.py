@@ -130,8 +130,8 @@ def ours(recipe: Recipe, how: How, w: World | None = None) -> Callable[[], Round
     def take_silently(step: Step, timed: Timed) -> None:
         with w.accumulating(learner.parallel, more=True):         # as if another micro-batch came, so nothing is sent
             learner.take(step, 0.0, timed)
-    return _rounds(task.steps(w, Position()), take, how, w.device, begin, sum(p.numel() for p in learner.parameters),
-                   take_silently if w.size > 1 else None)
+    return _rounds(learner.ahead(task.steps(w, Position())), take, how, w.device, begin,
+                   sum(p.numel() for p in learner.parameters), take_silently if w.size > 1 else None)
 
 
 def theirs(recipe: Recipe, how: How, peer: peers.Peer, adam: bool) -> Callable[[], Round]:

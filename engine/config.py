@@ -165,6 +165,7 @@ class Clock:
     target_tokens_per_s: float | None = None      # of training, over all ranks, at least
     affinity: Affinity = "socket"                 # the processors a rank keeps to (engine/affinity.py)
     compile: bool = False                         # torch.compile of each layer, in training
+    split_tails: bool = False                     # of a tied word table over the ranks (engine/split.py)
 
     def __post_init__(self):
         if min(self.log_interval, self.eval_interval or 1, self.checkpoint_interval, self.keep_checkpoints or 1) < 1 \

@@ -70,26 +70,32 @@ def expect(learner: Learner, start: Position) -> Expected | None:
     if not all(world.gather(tried is not None)) or tried is None:
         return None
     step_s = statistics.median(world.gather(tried.step_s))      # of the slowest, spread tells
+    micro_batches = len(recipe.batch.micro_batches(world.rank, world.size))
     exchange = exchanged(tried.ready, travelling_early(learner.model), max(world.gather(tried.in_tails)), world.size,
-                         share=1.0 if recipe.wire == "fp32" else 0.5)
-    sent = exchange.early + exchange.late + exchange.late_rows
+                         share=1.0 if recipe.wire == "fp32" else 0.5,
+                         split=micro_batches if recipe.clock.split_tails else 0)
+    sent = exchange.early + exchange.late + exchange.late_rows + exchange.early_rows + exchange.early_swapped
     busbw = bus_bandwidth(world, round(min(BUCKET, sent)))
-    step = step_time(step_s, exchange, Links(1, float("inf"), busbw), machines=world.size,
-                     micro_batches=len(recipe.batch.micro_batches(world.rank, world.size)),
+    step = step_time(step_s, exchange, Links(1, float("inf"), busbw), machines=world.size, micro_batches=micro_batches,
                      assumed=Assumptions(hop_s=0.0))
     return Expected(step, tried.tokens, world.size, sent, busbw)
 
 
-def exchanged(ready: Sequence[int], tables: Sequence[Tied], in_tails: int, ranks: int, share: float = 1.0) -> Exchange:
+def exchanged(ready: Sequence[int], tables: Sequence[Tied], in_tails: int, ranks: int, share: float = 1.0,
+              split: int = 0) -> Exchange:
     """Of a step. `ready`: bytes of DDP's gradients, in the order they are. `in_tails`: rows read of each of the tables,
-    which have their own way. `share`: of the bytes, what travels."""
+    which have their own way, in a micro-batch. `share`: of the bytes, what travels. `split`: in so many micro-batches,
+    of tables whose tails are; as many targets are taken to be in them as tokens."""
     early, late = early_and_late(ready)
-    rows = 0
+    rows = tails = 0
     for table in tables:
         V, D = table[0].shape
-        reduced, gathered = late_rows(table.head, V, in_tails, ranks)
-        early, late, rows = early + 4 * V * D, late + 4 * reduced * D, rows + 4 * gathered * D
-    return Exchange(share * early, share * late, late_rows=share * rows)
+        reduced, gathered = (table.head, 0) if split else late_rows(table.head, V, in_tails, ranks)
+        early, late = early + 4 * (table.head if split else V) * D, late + 4 * reduced * D
+        rows += 4 * gathered * D
+        tails += 2 * 4 * in_tails * D * split      # there and back
+    return Exchange(share * early, share * late, late_rows=share * rows, early_rows=share * tails,
+                    early_swapped=share * tails)
 
 
 def early_and_late(ready: Sequence[int]) -> tuple[int, int]:

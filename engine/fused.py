@@ -7,7 +7,7 @@ torch, takes three quarters of the time there. Dropout draws its bits one by one
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -106,17 +106,18 @@ def attend(q_BNQH: Tensor, k_BNKH: Tensor, v_BNKH: Tensor, mask: Tensor, dropout
 
 
 def softmax_nll(states: Sequence[Tensor], targets: Sequence[Tensor], parts: Sequence[Sequence[Part]],
-                weights: Sequence[Tensor], biases: Sequence[Tensor]) -> tuple[Tensor, ...]:
+                weights: Sequence[Tensor], biases: Sequence[Tensor],
+                meanwhile: Callable[[], None] | None = None) -> tuple[Tensor, ...]:
     """-log p(target) in nats under several softmaxes at once, [R] of each, of states [R, D] and targets [R]; 0 where
     the target is -1. fp32 under autocast.
 
     The i-th is a softmax over states[i]·wᵀ + biases[i], with w the rows of weights that parts[i] names, one above the
     other. No row may be in two of them, and every row in one: the gradient of a weight is then made once, as a whole.
     (Autograd, given slices of one table, makes a gradient of the table's size for each, and adds them up.) Kept for
-    backward is one number in the precision of the products for each score.
+    backward is one number in the precision of the products for each score. `meanwhile` is called when scores are made.
     """
-    return _SoftmaxNll.apply(torch.is_grad_enabled(), parts, len(states), len(weights), *targets, *states, *weights,
-                             *biases)
+    return _SoftmaxNll.apply(torch.is_grad_enabled(), parts, meanwhile, len(states), len(weights), *targets, *states,
+                             *weights, *biases)
 
 
 class _Dropout(torch.autograd.Function):
@@ -141,7 +142,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return _product(x, weight, bias)
+        return product(x, weight, bias)
 
     @staticmethod
     @once_differentiable
@@ -149,8 +150,8 @@ class _Linear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         grad_RO = grad.flatten(0, -2)
-        return (_product(grad, weight.t()) if of_x else None,
-                _product(grad_RO.t(), x.flatten(0, -2).t()) if of_weight else None,
+        return (product(grad, weight.t()) if of_x else None,
+                product(grad_RO.t(), x.flatten(0, -2).t()) if of_weight else None,
                 grad_RO.sum(0) if of_bias else None)
 
 
@@ -179,8 +180,8 @@ class _Attention(torch.autograd.Function):
 
 class _SoftmaxNll(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, recorded: bool, parts: Sequence[Sequence[Part]], n: int, n_weights: int,
-                *tensors: Tensor) -> Any:
+    def forward(ctx: Any, recorded: bool, parts: Sequence[Sequence[Part]], meanwhile: Callable[[], None] | None,
+                n: int, n_weights: int, *tensors: Tensor) -> Any:
         targets, states, weights = tensors[:n], tensors[n:2 * n], tensors[2 * n:2 * n + n_weights]
         kind = states[0].device.type
         dtype = computing_in(states[0])
@@ -189,6 +190,8 @@ class _SoftmaxNll(torch.autograd.Function):
             for target_R, state_RD, rows, bias in zip(targets, states, parts, tensors[2 * n + n_weights:]):
                 state_RD = state_RD.to(dtype)
                 scores_RV = _scores(state_RD, weights, rows, bias.to(dtype))
+                if meanwhile is not None:
+                    meanwhile()
                 nlls.append(_nll(scores_RV, target_R, differentiate=recorded and any(ctx.needs_input_grad)))
                 saved += [target_R, state_RD, scores_RV]
         ctx.save_for_backward(*saved, *weights)
@@ -199,7 +202,7 @@ class _SoftmaxNll(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         saved = iter(ctx.saved_tensors)
         kept = [(next(saved), next(saved), next(saved)) for _ in grads]
-        weights, needed = list(saved), ctx.needs_input_grad[4 + 2 * len(grads):]
+        weights, needed = list(saved), ctx.needs_input_grad[5 + 2 * len(grads):]
         of_weights = [empty_like(weight) if needs else None for weight, needs in zip(weights, needed)]
         of_states, of_biases = [], []
         for grad_R, (target_R, state_RD, d_scores_RV), rows in zip(grads, kept, ctx.parts):
@@ -209,12 +212,12 @@ class _SoftmaxNll(torch.autograd.Function):
             for weight, first, last in _blocks(weights, rows, state_RD):
                 d_block, whole = d_scores_RV[:, at:at + last - first], of_weights[weight]
                 at += last - first
-                of_state += _product(d_block, weights[weight][first:last].to(state_RD.dtype).t())
+                of_state += product(d_block, weights[weight][first:last].to(state_RD.dtype).t())
                 if whole is not None:
-                    _product_into(whole[first:last], d_block.t(), weighted_RD.t())
+                    product_into(whole[first:last], d_block.t(), weighted_RD.t())
             of_states.append(of_state * grad_R1)
             of_biases.append((grad_R1.t() @ d_scores_RV).squeeze(0))
-        return None, None, None, None, *[None] * len(grads), *of_states, *of_weights, *of_biases
+        return *[None] * (5 + len(grads)), *of_states, *of_weights, *of_biases
 
 
 def _blocks(weights: Sequence[Tensor], parts: Sequence[Part], like: Tensor) -> Iterator[Part]:
@@ -230,9 +233,9 @@ def _scores(state_RD: Tensor, weights: Sequence[Tensor], parts: Sequence[Part], 
     for weight, first, last in blocks:
         rows, of = weights[weight][first:last].to(state_RD.dtype), slice(at, at := at + last - first)
         if len(blocks) == 1:
-            return _product(state_RD, rows, bias)
+            return product(state_RD, rows, bias)
         if _onednn(state_RD):
-            scores_RV[:, of] = _product(state_RD, rows, bias[of])
+            scores_RV[:, of] = product(state_RD, rows, bias[of])
         else:
             torch.addmm(bias[of], state_RD, rows.t(), out=scores_RV[:, of])
     return scores_RV
@@ -257,16 +260,16 @@ def _nll(scores_RV: Tensor, target_R: Tensor, *, differentiate: bool) -> Tensor:
     return nll_R.masked_fill_(target_R < 0, 0.0)
 
 
-def _product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+def product(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
     """a·bᵀ + bias, of any strides."""
     return torch.ops.mkldnn._linear_pointwise(a, b, bias, "none", [], "") if _onednn(a) else F.linear(a, b, bias)
 
 
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+def product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a·bᵀ"""
     if _onednn(a):
         for out_part, a_part in zip(out.split(2048), a.split(2048)):         # a cache holds so many rows until copied
-            out_part.copy_(_product(a_part, b))
+            out_part.copy_(product(a_part, b))
     elif out.dtype == a.dtype:
         torch.mm(a, b.t(), out=out)
     else:

@@ -86,6 +86,7 @@ class _Training:
         torch.manual_seed(recipe.seed + 1 + world.rank)         # another dropout on each
         self.window = Window(world.device)
         self._resume()
+        self.sizes = [sum(p.numel() for p in x) for x in (self.model.parameters(), learner.parameters)]
         self.compared = Comparison(expect(learner, self.progress.position))
         learner.distribute()
 
@@ -100,7 +101,7 @@ class _Training:
         progress, clock, stop = self.progress, self.recipe.clock, self.recipe.stop
         self.run.status("training", progress.step)
         self._introduce()
-        steps = self.task.steps(self.world, progress.position)
+        steps = self.learner.ahead(self.task.steps(self.world, progress.position))
         requested = self.world.any_later(self.run.stop_requested())
         while not stop.reached(progress.step, progress.tokens):
             with self.timed.part("load"):
@@ -216,7 +217,7 @@ class _Training:
 
     def _evaluate(self, split: str) -> Score:
         self.model.eval()
-        with torch.no_grad(), self.precision.autocast():
+        with torch.no_grad(), self.precision.autocast(), self.learner.whole():
             score = self.task.evaluate(self.model, split, self.world)
         self.model.train()
         return score
@@ -236,8 +237,9 @@ class _Training:
         self._window_loss()                        # never a checkpoint of bad weights
         with self.watch.paused():
             cuda = self.world.device.type == "cuda"
-            shared = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
-                      "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
+            with self.learner.whole(optimizer=True):
+                shared = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                          "scaler": self.scaler.state_dict(), "progress": self.progress.state()}
             own = {"carries": self.learner.carries, "cpu_rng": torch.get_rng_state(), "window": self.window.state(),
                    "cuda_rng": torch.cuda.get_rng_state() if cuda else None}
             meta = {"tokens": self.progress.tokens, "valid_loss": valid_loss, "vocabulary": self.task.vocabulary,
@@ -325,10 +327,11 @@ class _Training:
         return Outcome(False, progress.step, progress.tokens)
 
     def _finished(self) -> Outcome:
-        progress, clock, score, words = self.progress, self.recipe.clock, None, []
-        best = self._take_weights(lambda: checkpoint.find(self.run.folder))
-        if clock.test:
-            score = self._evaluate("test")
+        progress, clock, words = self.progress, self.recipe.clock, list[str]()
+        with self.learner.whole():
+            best = self._take_weights(lambda: checkpoint.find(self.run.folder))
+            score = self._evaluate("test") if clock.test else None
+        if score is not None:
             self._report("test", score)
             words = [f"test ppl {ppl(score.loss):.3f} with the weights of step {best.step}"]
         perplexity = None if best.valid_loss is None else ppl(best.valid_loss)
@@ -361,12 +364,12 @@ class _Training:
         return outcome
 
     def _introduce(self) -> None:
-        params = sum(p.numel() for p in self.model.parameters())
+        params, trained = self.sizes
         self.run.describe_machine()
         self.metrics.text("args", f"```\n{json.dumps(to_json(self.recipe), indent=1)}\n```")
         self.metrics.tags(self.progress.tokens, sizes__params=params, sizes__batch_size=self.batch_size,
                           **{f"sizes__{key}": x for key, x in self.task.sizes.items()})
-        frozen = params - sum(p.numel() for p in self.learner.parameters)
+        frozen = params - trained
         of_them = f", {frozen:,} of them frozen" if frozen else ""
         self.run.log.info(f"{params:,} parameters{of_them} | {self.world.size} rank(s) on {self.world.device.type}, "
                           f"{self.precision.name} | {self.batch_size} sequences a step | peak lr {self.peak_lr:.4g}")

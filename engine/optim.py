@@ -6,13 +6,14 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from engine.config import Optim
+from engine.split import of_tables, over_ranks
 
 
 def build(params: Iterable[tuple[str, Tensor]], optim: Optim, lr: float) -> torch.optim.Optimizer:
@@ -42,18 +43,20 @@ def build(params: Iterable[tuple[str, Tensor]], optim: Optim, lr: float) -> torc
     raise ValueError(f"no optimizer is called {optim.name!r}")
 
 
-def clip_(parameters: Iterable[Tensor], max_norm: float | None,
-          optimizer: torch.optim.Optimizer | None = None) -> tuple[Tensor, Tensor]:
+def clip_(parameters: Iterable[Tensor], max_norm: float | None, optimizer: torch.optim.Optimizer | None = None,
+          split: Sequence[tuple[Tensor, Tensor]] = ()) -> tuple[Tensor, Tensor]:
     """Scale the gradients so that their norm, taken as one vector, is at most `max_norm`; None only measures.
 
     Returns that norm and the norm of every gradient there is, both from before the scaling and on the device.
     The arithmetic is that of torch.nn.utils.clip_grad_norm_. With `optimizer`, one of `build`, its next step scales
-    them where it reads them, if it can: a pass over all gradients less.
+    them where it reads them, if it can: a pass over all gradients less. `split`: of the parameters, heads of tables and
+    this rank's rows of their tails (engine/split.py); the norm of the latter is that of all ranks' rows.
     """
-    grads = [p.grad for p in parameters if p.grad is not None]
+    present = [p for p in parameters if p.grad is not None]
+    grads = [p.grad for p in present if p.grad is not None]
     if not grads:
         return torch.zeros(()), torch.zeros(0)
-    norms = torch.stack(torch._foreach_norm(grads))
+    norms = over_ranks(torch.stack(torch._foreach_norm(grads)), present, split)
     total = torch.linalg.vector_norm(norms)
     if max_norm is None:
         return total, norms
@@ -146,6 +149,7 @@ class Lamb(_MultiTensor):
                 raise TypeError("LAMB's moments have the precision of the parameters, and 16 bits are too few. "
                                 "Keep the parameters in float32 and compute under autocast.")
         self.norms: dict[str, Tensor] = {}
+        self.split: Sequence[tuple[Tensor, Tensor]] = ()          # of one tensor each: see clip_
 
     def _move(self, groups: list[tuple[dict, list[Tensor]]]) -> None:
         moved = [self._step(params, group) for group, params in groups]
@@ -153,7 +157,8 @@ class Lamb(_MultiTensor):
 
     def _step(self, params: list[Tensor], group: dict) -> dict[str, Tensor]:
         updates = self._updates(params, group)
-        weight_norm, update_norm = (torch.stack(torch._foreach_norm(x)) for x in (params, updates))
+        norms = torch.stack([torch.stack(torch._foreach_norm(x)) for x in (params, updates)])
+        weight_norm, update_norm = of_tables(norms, params, self.split)
         trust = torch.ones_like(weight_norm)
         if group["trust_ratio"]:
             cap = group["max_weight_norm"]

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,23 +15,36 @@ from engine.config import Wire
 from engine.exchange import rounded
 from engine.scaling import gathers
 
+if TYPE_CHECKING:
+    from engine.split import Reads, Tails
+
 
 class Tied(nn.ParameterList):
-    """The table, [V, D], as its only parameter. Its first `head` rows are the frequent tokens', the tails the others'.
+    """The table, [V, D], as its only parameter. Its rows before the first of `cutoffs` are the frequent tokens', the
+    head; at each a tail begins. Where these are split over ranks (engine/split.py), the parameter is the head alone.
 
     In a forward with gradients comes `embed`, then `weight`, once. To the softmax's gradient the rows of the embedded
     tokens are added in place: autograd would make one of the table's size of them.
     """
 
-    def __init__(self, table: Tensor, head: int):
+    def __init__(self, table: Tensor, cutoffs: tuple[int, ...] = ()):
         super().__init__([table])
-        self.head = head
+        self.cutoffs, self.head = cutoffs, cutoffs[0] if cutoffs else len(table)
+        self.tails: Tails | None = None
         self.in_tails = 0                         # tokens of the last embedding that are of the tails
         self.exchange: TableExchange | None = None
         self._begun: tuple[Tensor, TableExchange | None] | None = None
 
-    def embed(self, tokens: Tensor, in_tails: int | None = None) -> Tensor:
-        """[..., D]. `in_tails`: how many of the tokens are of the tails, if the caller knows: a GPU is asked else."""
+    def embed(self, tokens: Tensor, in_tails: int | None = None, reads: Reads | None = None) -> Tensor:
+        """[..., D]. `in_tails`: how many of the tokens are of the tails, if the caller knows: a GPU is asked else.
+        `reads`: which, where they are split."""
+        if self.tails is not None:
+            assert reads is not None
+            rows = self._embed(tokens.where(tokens < self.head, 0), in_tails=0)
+            return rows.flatten(0, -2).index_copy(0, reads.places_R, self.tails.embed(reads)).view_as(rows)
+        return self._embed(tokens, in_tails)
+
+    def _embed(self, tokens: Tensor, in_tails: int | None) -> Tensor:
         self._begun = None
         if not torch.is_grad_enabled():
             return F.embedding(tokens, self[0])
@@ -73,8 +86,9 @@ class TableExchange:
 
     def begin(self, in_tails: int) -> None:
         """Of a forward. The ranks tell each other the most of `in_tails`, on the processor: a GPU is not waited for."""
-        self._most = torch.tensor(in_tails)
-        self._asked = dist.all_reduce(self._most, dist.ReduceOp.MAX, async_op=True)
+        self._most, self._asked = torch.tensor(in_tails), None
+        if self._head < len(self._table):
+            self._asked = dist.all_reduce(self._most, dist.ReduceOp.MAX, async_op=True)
 
     def send(self, grad: Tensor) -> None:
         """The softmax's part, and with it what earlier micro-batches have left in the table's gradient."""
@@ -92,7 +106,8 @@ class TableExchange:
     def end(self, grad: Tensor, tokens_R: Tensor, grads_RD: Tensor) -> None:
         """`grad`, what was sent, becomes the mean of it and of the embedding's part, whose rows these are."""
         ranks = dist.get_world_size()
-        self._asked.wait()
+        if self._asked is not None:
+            self._asked.wait()
         head, most = late_rows(self._head, len(grad), int(self._most), ranks)
         grads_RD = grads_RD / ranks
         tail_R = tokens_R >= head
@@ -121,8 +136,8 @@ class TableExchange:
 
 def travelling_early(model: nn.Module) -> list[Tied]:
     """The tables whose gradients have their own way. All of one without tails would have to travel twice."""
-    return [module for module in model.modules() if isinstance(module, Tied) and module[0].requires_grad
-            and module.head < len(module[0])]
+    return [module for module in model.modules()
+            if isinstance(module, Tied) and module[0].requires_grad and module.cutoffs]
 
 
 def late_rows(head: int, V: int, most: int, ranks: int) -> tuple[int, int]:

@@ -89,7 +89,8 @@ class World:
         if self.size == 1:
             return model
         tied = travelling_early(model)
-        own = [name for name, parameter in model.named_parameters() if any(parameter is table[0] for table in tied)]
+        theirs = {id(p) for table in tied for p in table.parameters()}
+        own = [name for name, p in model.named_parameters() if id(p) in theirs]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
         ddp = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
                                       gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib)

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from engine.fused import Part, linear, softmax_nll
+from engine.split import Reads
 from engine.tied import Tied
 from engine.values import BadValue
 from txl.config import Model
@@ -64,7 +65,7 @@ class AdaptiveVocabulary(nn.Module):
 
         tables = [torch.empty(size) for size in sizes]
         tied = self.shared_table and model.tie_weight and self.samples is None
-        self.tables = Tied(tables[0], self.edges[1]) if tied else nn.ParameterList(tables)
+        self.tables = Tied(tables[0], model.cutoffs) if tied else nn.ParameterList(tables)
         self.in_projs = projections(len(sizes) if projected else 0)
         self.out_tables = None if model.tie_weight else nn.ParameterList(torch.empty(size) for size in sizes)
         ties = [model.ties_proj(i) for i in range(len(self.clusters))]
@@ -74,13 +75,13 @@ class AdaptiveVocabulary(nn.Module):
         self.cluster_weight = nn.Parameter(torch.empty(len(self.cutoffs), model.d_embed_of(0)))
         self.cluster_bias = nn.Parameter(torch.zeros(len(self.cutoffs)))
 
-    def embed(self, tokens_BT: Tensor, in_tails: int | None = None) -> Tensor:
+    def embed(self, tokens_BT: Tensor, in_tails: int | None = None, reads: Reads | None = None) -> Tensor:
         """Embeddings times sqrt(d_model), projected to D. Every table is read for every token and masked: no shape
         depends on the data, and the tail tables are narrow. In the parameters' precision, for it begins the residual
         stream: autocast would hand on a projection's 16 bits. `in_tails`: how many tokens are beyond the head, if the
-        caller knows."""
+        caller knows; `reads`: which, where tails are split over ranks."""
         if self.shared_table:
-            embedded = (self.tables.embed(tokens_BT, in_tails) if isinstance(self.tables, Tied) else
+            embedded = (self.tables.embed(tokens_BT, in_tails, reads) if isinstance(self.tables, Tied) else
                         F.embedding(tokens_BT, self.tables[0]))
             embedded = linear(embedded, self.in_projs[0]) if len(self.in_projs) else embedded
         else:
@@ -91,12 +92,13 @@ class AdaptiveVocabulary(nn.Module):
                 embedded = embedded + linear(rows * inside.unsqueeze(-1), proj)
         return embedded.to(self.bias.dtype) * self.d_model ** 0.5
 
-    def nll(self, hidden_RD: Tensor, target_R: Tensor, rows: tuple[Tensor, ...] | None = None) -> Tensor:
+    def nll(self, hidden_RD: Tensor, target_R: Tensor, rows: tuple[Tensor, ...] | None = None,
+            reads: Reads | None = None) -> Tensor:
         """-log p(target) in nats, in the order of the rows; 0 where the target is IGNORE. Autocast makes it fp32.
 
         `rows` is cluster_rows(target), computed here where absent. A cluster without a target still takes part, with
         no rows, so that all its parameters get a (zero) gradient on every rank. With sample_softmax training has an
-        estimate, evaluation all words.
+        estimate, evaluation all words. `reads`: see embed.
         """
         if self.samples is not None and self.training:
             return self._sampled_nll(hidden_RD, target_R, self.samples)
@@ -116,8 +118,15 @@ class AdaptiveVocabulary(nn.Module):
         if self.cutoffs:
             parts[0].append(Part(len(tables), 0, len(self.cutoffs)))
         head_bias, *biases = self.bias.split([high - low for low, high in self.clusters])
-        nll_R, *tails = softmax_nll(states, targets, parts, [*tables, self.cluster_weight],
-                                    [torch.cat([head_bias, self.cluster_bias]), *biases])
+        weights, biases = [*tables, self.cluster_weight], [torch.cat([head_bias, self.cluster_bias]), *biases]
+        split = self.tables.tails if isinstance(self.tables, Tied) else None
+        if split is None:
+            nll_R, *tails = softmax_nll(states, targets, parts, weights, biases)
+        else:
+            assert reads is not None
+            sent = split.send(states[1:], targets[1:], self.bias, reads)       # on their way while the head is scored
+            nll_R, = softmax_nll(states[:1], targets[:1], parts[:1], weights, biases[:1], sent.score)
+            tails = sent.nll()
         for rows_C, nll_C in zip(rows, tails):
             nll_R = nll_R.index_add(0, rows_C, nll_C)
         return nll_R

@@ -5,12 +5,13 @@ B streams, T targets of a segment, E tokens re-read in front of them (extended c
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine.split import Reads, Shards
 from txl.adaptive import IGNORE, cluster_rows
 from txl.config import Context
 
@@ -22,13 +23,18 @@ class Segment:
     targets_BT: Tensor
     rows: tuple[Tensor, ...]                      # adaptive.cluster_rows of the targets
     in_tails: int                                 # of the tokens
+    reads: Reads | None = None                    # these, where tails are split over ranks
 
     def to(self, device: torch.device) -> Segment:
         if device.type == "cpu":
             return self
         tokens_BQ, targets_BT, *rows = (x.pin_memory().to(device, non_blocking=True)
                                         for x in (self.tokens_BQ, self.targets_BT, *self.rows))
-        return Segment(tokens_BQ, targets_BT, tuple(rows), self.in_tails)
+        return Segment(tokens_BQ, targets_BT, tuple(rows), self.in_tails, self.reads and self.reads.to(device))
+
+    def shared(self, shards: Shards) -> Segment:
+        """On the host."""
+        return replace(self, reads=Reads(shards, self.tokens_BQ, [len(rows_C) for rows_C in self.rows]))
 
 
 def segment_of(tokens_BQ: Tensor, targets_BT: Tensor, cutoffs: tuple[int, ...]) -> Segment:

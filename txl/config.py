@@ -177,6 +177,9 @@ class Recipe(engine.Recipe):
         if self.shuffle_sentences and self.data.vocab == "bpe":
             raise ValueError("shuffle_sentences needs a token that ends a line, which byte pairs have not: use the "
                              "word, char or byte vocabulary")
+        if self.clock.split_tails and not (self.model.cutoffs and self.model.tie_weight and self.model.div_val == 1):
+            raise ValueError("clock.split_tails is for one table of all words, embedding and softmax at once, that has "
+                             "tails: model.cutoffs, tie_weight=true and div_val=1")
         if self.data.n_token is not None and self.model.cutoffs and self.model.cutoffs[-1] >= self.data.n_token:
             raise ValueError(f"the last cutoff {self.model.cutoffs[-1]} must be below the {self.data.n_token} tokens "
                              f"of the vocabulary")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from engine.draw import draw
 from engine.fused import Dropout, Linear, attend, attention, computing_in, linear, linear_relu
+from engine.split import Reads
 from txl.adaptive import AdaptiveVocabulary
 from txl.config import Context, Model
 from txl.memory import Fixed, Hidden, Kept, Memory
@@ -35,23 +36,24 @@ class TransformerXL(nn.Module):
         initialise(self, model)
 
     def forward(self, tokens_BQ: Tensor, targets_BT: Tensor, memory: Memory | None, context: Context,
-                rows: tuple[Tensor, ...] | None = None, in_tails: int | None = None) -> tuple[Tensor, Memory]:
+                rows: tuple[Tensor, ...] | None = None, in_tails: int | None = None,
+                reads: Reads | None = None) -> tuple[Tensor, Memory]:
         """-log p of each target in nats, [B, T] fp32, and the memory for the segment that follows.
 
         tokens_BQ are the T tokens before the targets and, in front of them, the tokens that the extended context
         re-reads (Q = T + ext). `rows` is adaptive.cluster_rows(targets_BT), and `in_tails` how many tokens are
-        beyond the head, if the caller has them.
+        beyond the head, if the caller has them; `reads` is needed where tails are split over ranks (engine/split.py).
         """
-        hidden_BQD, memory = self.hidden(tokens_BQ, memory, context, in_tails)
+        hidden_BQD, memory = self.hidden(tokens_BQ, memory, context, in_tails, reads)
         hidden_BTD = hidden_BQD[:, -targets_BT.size(1):]
-        nll_R = self.vocabulary.nll(hidden_BTD.flatten(0, 1), targets_BT.flatten(), rows)
+        nll_R = self.vocabulary.nll(hidden_BTD.flatten(0, 1), targets_BT.flatten(), rows, reads)
         return nll_R.view_as(targets_BT), memory
 
     def hidden(self, tokens_BQ: Tensor, memory: Memory | None, context: Context,
-               in_tails: int | None = None) -> tuple[Tensor, Memory]:
+               in_tails: int | None = None, reads: Reads | None = None) -> tuple[Tensor, Memory]:
         """The last layer's output, [B, Q, D], and the next memory."""
         B, Q = tokens_BQ.shape
-        h_BQD = self.dropout(self.vocabulary.embed(tokens_BQ, in_tails))
+        h_BQD = self.dropout(self.vocabulary.embed(tokens_BQ, in_tails, reads))
         if isinstance(memory, Kept):
             return self._read(h_BQD, memory, context)
         past_LBMD, length = memory or self.fresh_memory(B, context, h_BQD)

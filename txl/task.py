@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.config import share_of
+from engine.split import Shards
 from engine.task import Position, Score, Step
 from engine.values import BadValue, from_json
 from engine.world import World
@@ -68,6 +69,8 @@ class TransformerXLTask:
         plain = Streams(text, edge, recipe.batch.total(world.size))
         sentences = Sentences(text, edge) if recipe.shuffle_sentences else None
         shares = recipe.batch.micro_batches(world.rank, world.size)
+        shards = Shards((*cutoffs, self.corpus.n_token), world.size) \
+            if recipe.clock.split_tails and world.size > 1 else None
         epoch, share_done = start.epoch, (start.index, start.steps)
         while True:
             streams = plain.of_epoch(recipe.seed, epoch, roll=recipe.roll,
@@ -76,15 +79,16 @@ class TransformerXLTask:
             first = share_done[0] * count // share_done[1]
             for k in range(first, count):
                 following = Position(epoch, k + 1, count) if k + 1 < count else Position(epoch + 1, 0, count)
-                segments = tuple(                  # whole: one shape is compiled once
-                    streams.segment(share, k, context, cutoffs, whole=recipe.clock.compile).to(world.device)
-                    for share in shares)
-                yield Step(Position(epoch, k, count), following, segments, streams.targets(k, context.tgt_len), k == 0)
+                segments = [streams.segment(share, k, context, cutoffs, whole=recipe.clock.compile)
+                            for share in shares]   # whole: one shape is compiled once
+                segments = [segment.shared(shards) for segment in segments] if shards else segments
+                there = tuple(segment.to(world.device) for segment in segments)
+                yield Step(Position(epoch, k, count), following, there, streams.targets(k, context.tgt_len), k == 0)
             epoch, share_done = epoch + 1, (0, 1)
 
     def loss(self, model: nn.Module, segment: Segment, memory: Memory | None) -> tuple[Tensor, Memory]:
         nll_BT, memory = model(segment.tokens_BQ, segment.targets_BT, memory, self.recipe.context, segment.rows,
-                               segment.in_tails)
+                               segment.in_tails, segment.reads)
         return nll_BT.sum(), memory
 
     def evaluate(self, model: Any, split: str, world: World) -> Score:

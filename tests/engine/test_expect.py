@@ -88,11 +88,19 @@ def test_what_is_sent_at_the_end_is_the_last_bucket():
 
 
 def test_a_tied_table_is_sent_early_and_what_was_read_of_it_again_at_the_end():
-    tables = [Tied(torch.zeros(100, 8), 10), Tied(torch.zeros(50, 2), 40)]
+    tables = [Tied(torch.zeros(100, 8), (10,)), Tied(torch.zeros(50, 2), (40,))]
     assert expect.exchanged([5000], tables, 4, ranks=2) == Exchange(
         early=4 * (800 + 100), late=5000 + 4 * (80 + 80), late_rows=4 * 4 * (8 + 2))
     assert expect.exchanged([5000], tables, 10, ranks=2, share=.5) == Exchange(    # of the second no less are all
         early=2 * (800 + 100), late=2500 + 2 * (80 + 100), late_rows=2 * 10 * 8)
+
+
+def test_of_split_tails_rows_and_hidden_states_are_sent_in_each_micro_batch_and_no_gradient():
+    tables = [Tied(torch.zeros(100, 8), (10,)), Tied(torch.zeros(50, 2), (40,))]
+    there_and_back = 2 * 3 * 4 * 4 * (8 + 2)                      # ways, micro-batches, rows, bytes, columns
+    head = 4 * (10 * 8 + 40 * 2)
+    assert expect.exchanged([5000], tables, 4, ranks=2, split=3) == Exchange(
+        early=head, late=5000 + head, early_rows=there_and_back, early_swapped=there_and_back)
 
 
 def _ready(freeze, model=SHORT.model):

@@ -27,7 +27,7 @@ class Net(nn.Module):
         super().__init__()
         torch.manual_seed(0)
         table, layer, bias = (torch.rand(shape).to(dtype) for shape in ((V, D), (D, D), (V,)))
-        self.table = Tied(table, HEAD) if tied else nn.ParameterList([table])
+        self.table = Tied(table, (HEAD,)) if tied else nn.ParameterList([table])
         self.layer = nn.Parameter(layer)
         self.bias = nn.Parameter(bias)
 
@@ -61,7 +61,7 @@ def test_its_gradient_is_that_of_both_uses_summed_over_micro_batches(at_once):
 
 
 def test_where_it_only_embeds_it_has_the_gradient_of_its_rows():
-    tied, tokens = Tied(torch.rand(11, 4, dtype=torch.float64), 11), torch.tensor([[3, 3], [0, 10]])
+    tied, tokens = Tied(torch.rand(11, 4, dtype=torch.float64)), torch.tensor([[3, 3], [0, 10]])
     weights = torch.rand(2, 2, 4, dtype=torch.float64)
     (tied.embed(tokens) * weights).sum().backward()
     wanted = torch.zeros(11, 4, dtype=torch.float64)
