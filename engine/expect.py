@@ -74,7 +74,7 @@ def expect(learner: Learner, start: Position) -> Expected | None:
     exchange = exchanged(tried.ready, travelling_early(learner.model), max(world.gather(tried.in_tails)), world.size,
                          share=1.0 if recipe.wire == "fp32" else 0.5,
                          split=micro_batches if recipe.clock.split_tails else 0)
-    sent = exchange.early + exchange.late + exchange.late_rows + exchange.early_rows + exchange.early_swapped
+    sent = exchange.early + exchange.late + exchange.late_rows + exchange.early_rows + exchange.late_swapped
     busbw = bus_bandwidth(world, round(min(BUCKET, sent)))
     step = step_time(step_s, exchange, Links(1, float("inf"), busbw), machines=world.size, micro_batches=micro_batches,
                      assumed=Assumptions(hop_s=0.0))
@@ -95,7 +95,7 @@ def exchanged(ready: Sequence[int], tables: Sequence[Tied], in_tails: int, ranks
         rows += 4 * gathered * D
         tails += 2 * 4 * in_tails * D * split      # there and back
     return Exchange(share * early, share * late, late_rows=share * rows, early_rows=share * tails,
-                    early_swapped=share * tails)
+                    late_swapped=share * tails)
 
 
 def early_and_late(ready: Sequence[int]) -> tuple[int, int]:

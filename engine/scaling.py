@@ -34,13 +34,14 @@ class Exchange:
     """What every rank sends and receives in a step.
 
     early, late: bytes that are all-reduced, ready during backward and only at its end. Rows are what one rank has and
-    all the others receive, so their sum grows with the ranks; swapped goes from each rank to a single other.
+    all the others receive, so their sum grows with the ranks; swapped goes from each rank to a single other, while
+    nothing is computed.
     """
     early: float
     late: float
     early_rows: float = 0.0
     late_rows: float = 0.0
-    early_swapped: float = 0.0
+    late_swapped: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Gradients:
         targets go to all ranks and their gradients back; rows go to the rank that reads them and their gradients back.
         """
         return Exchange(early=self.rest + self.head, late=self.head, early_rows=2 * self.tail_states,
-                        early_swapped=2 * self.tail_rows)
+                        late_swapped=2 * self.tail_rows)
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,6 @@ def _exchange_s(exchange: Exchange, links: Links, machines: int, gpus: int,
                 + hops * assumed.hop_s * size / assumed.bucket)
     ranks = machines * gpus
     # What the ranks of a machine swap shares its network card.
-    early_rows = exchange.early_rows * ranks + exchange.early_swapped * gpus if ranks > 1 else 0.0
-    return (through(exchange.early, 2) + through(early_rows, 1),
-            through(exchange.late, 2) + through(exchange.late_rows * ranks, 1))
+    late_rows = exchange.late_rows * ranks + exchange.late_swapped * gpus if ranks > 1 else 0.0
+    return (through(exchange.early, 2) + through(exchange.early_rows * ranks, 1),
+            through(exchange.late, 2) + through(late_rows, 1))

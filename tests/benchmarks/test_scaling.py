@@ -58,7 +58,7 @@ def test_split_sends_what_was_counted_before(recipe, sequences, reduced, of_8, o
     split = Workload(recipe, sequences, 1).gradients(16).split()
     assert round(split.early / 1e6) == reduced
     for ranks, megabytes in ((8, of_8), (128, of_128)):
-        assert round((ranks * split.early_rows + 8 * split.early_swapped) / 1e6) == megabytes
+        assert round((ranks * split.early_rows + 8 * split.late_swapped) / 1e6) == megabytes
 
 
 # What an estimate by this model on paper had, in whole percents of one machine, on 2, 4, 8 and 16. It sent no touched

@@ -100,7 +100,7 @@ def test_of_split_tails_rows_and_hidden_states_are_sent_in_each_micro_batch_and_
     there_and_back = 2 * 3 * 4 * 4 * (8 + 2)                      # ways, micro-batches, rows, bytes, columns
     head = 4 * (10 * 8 + 40 * 2)
     assert expect.exchanged([5000], tables, 4, ranks=2, split=3) == Exchange(
-        early=head, late=5000 + head, early_rows=there_and_back, early_swapped=there_and_back)
+        early=head, late=5000 + head, early_rows=there_and_back, late_swapped=there_and_back)
 
 
 def _ready(freeze, model=SHORT.model):

@@ -47,9 +47,9 @@ def in_loops(compute_s, exchange, links, machines, gpus, micro_batches):
     for _ in range(machines * gpus):
         rows, late_rows = rows + exchange.early_rows, late_rows + exchange.late_rows
     for _ in range(gpus):
-        swapped += exchange.early_swapped
-    early_s = all_reduce(exchange.early) + gather(rows + swapped)
-    late_s = all_reduce(exchange.late) + gather(late_rows)
+        swapped += exchange.late_swapped
+    early_s = all_reduce(exchange.early) + gather(rows)
+    late_s = all_reduce(exchange.late) + gather(late_rows + swapped)
     step_s = compute_s + max(0.0, early_s - .6 * compute_s / micro_batches) + late_s
     return step_s + .02 * compute_s * slowest_of(machines * gpus)
 
@@ -122,7 +122,7 @@ def test_every_exchange_sends_all_gradients_but_split_those_of_the_tails(tied):
     assert dense.late == 274                       # the embedding's is ready last; a tied one waits for it as a whole
     assert (early.early, early.late, early.late_rows) == (384, 20, 1)
     assert g.early(508) == Exchange(early=384, late=274)          # 508 ranks' rows are as much as all are twice
-    assert (split.early, split.late, split.early_rows, split.early_swapped) == (130, 20, 4, 2)
+    assert (split.early, split.late, split.early_rows, split.late_swapped) == (130, 20, 4, 2)
     for tails in (0, 1000):                        # how large they are is nothing to split
         assert Gradients(20, tails, 110, tied, 1, 2).split() == split
 
