@@ -4,6 +4,7 @@
     python -m benchmarks.train --config=demo --set=recipe.precision=bf16 --record
     python -m benchmarks.train --config=race_small --against=CHECKOUT --against=CHECKOUT --threads=1 --clock=cpu
     python -m benchmarks.train --config=race_real --steps=1 --against=CHECKOUT --peer_optim=adam
+    python -m benchmarks.train --config=nvidia_large --set=recipe.precision=bf16 --profile=trace.json
     torchrun --nproc-per-node=8 -m benchmarks.train --config=nvidia_base
 
 The step is the engine's: forward, backward, clipping, optimizer, on random tokens of natural frequencies, so that no
@@ -22,6 +23,7 @@ from __future__ import annotations
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -67,6 +69,7 @@ PARTS = ("load", "forward", "backward", "communication", "optimizer")
 class Flags(flags.Flags):
     peer_optim: Literal["own", "adam"] = flag("adam: also for those whose own is another", default="own")
     steps: int = flag("steps of a round", default=10)
+    profile: str | None = flag("a file for torch's trace of one round more (chrome://tracing)", default=None)
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,12 @@ def measure(recipe: Recipe, given: Flags, w: World) -> dict[str, list[Round]]:
     how = How(given.steps, given.clock, given.threads)
     if not given.against:
         one_round = ours(recipe, how, w)
-        return {"ours": [one_round() for _ in range(given.rounds + 1)]}
+        rounds = [one_round() for _ in range(given.rounds + 1)]
+        if given.profile is not None:
+            _profile(one_round, Path(given.profile), w)
+        return {"ours": rounds}
+    if given.profile is not None:
+        raise BadValue("--profile is of ours alone: leave --against out")
     if w.size > 1:
         raise BadValue("--against is a race of single processes: start it without torchrun")
     contenders: dict[str, Contender[Round]] = {"ours": partial(ours, recipe, how)}
@@ -200,6 +208,16 @@ def _rounds(data: Iterator[Step], take: Callable[[Step, Timed], Tensor], how: Ho
             seconds["communication"] = timed.seconds["backward"] - seconds["backward"]
         return Round(seconds, tokens, (losses[0].item(), losses[-1].item()), peak_bytes(device) - begin, params)
     return one_round
+
+
+def _profile(one_round: Callable[[], Round], path: Path, w: World) -> None:
+    """A round on all ranks, seen by the leading one: a trace of each operation, and what the dearest sum up to."""
+    with torch.profiler.profile() if w.leads else nullcontext() as profile:
+        one_round()
+    if profile is not None:
+        profile.export_chrome_trace(str(path))
+        by = f"self_{w.device.type}_time_total"
+        print(profile.key_averages().table(sort_by=by, row_limit=30, max_name_column_width=60), file=sys.stderr)
 
 
 def _rows(rounds: dict[str, list[Round]], recipe: Recipe, given: Flags, w: World) -> list[str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import mmap
 import os
@@ -16,6 +17,7 @@ from benchmarks import peers, train
 from benchmarks.machine import bytes_now, forget_peak, now, peak_bytes
 from benchmarks.race import race
 from benchmarks.races import RACES
+from configs import CONFIGS
 from engine.config import Batch
 from engine.task import Position, Step
 from engine.values import BadValue
@@ -58,6 +60,15 @@ def test_ours_against_ours_is_the_same_training_in_two_processes():
         assert [part for part, seconds in x.seconds.items() if seconds > 0] == ["load", "forward", "backward",
                                                                                 "optimizer"]
         assert x.rate == x.tokens / sum(x.seconds.values())
+
+
+def test_a_profile_is_a_trace_of_one_rounds_operations(tmp_path, capsys):
+    path = tmp_path / "trace"
+    assert train.main(["--config=tiny", "--rounds=1", "--steps=2", "--threads=1", f"--profile={path}"]) == 0
+    names = [event["name"] for event in json.loads(path.read_text())["traceEvents"]]
+    layers = CONFIGS["tiny"].recipe.model.n_layer
+    assert names.count("_AttentionBackward") == 2 * layers        # of two steps
+    assert "Self CPU" in capsys.readouterr().err
 
 
 def test_communication_is_what_backward_takes_more_than_without_it():
