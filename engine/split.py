@@ -43,6 +43,10 @@ class Shards:
         shares = [(low, share_of(high - low, rank, self.ranks)) for low, high in pairwise(self.edges)]
         return [range(low + share.start, low + share.stop) for low, share in shares]
 
+    def rows(self, rank: int) -> Tensor:
+        """The same, [S]."""
+        return torch.cat([torch.arange(piece.start, piece.stop) for piece in self.pieces(rank)])
+
     def places(self, tokens_T: Tensor) -> tuple[Tensor, Tensor]:
         """Of tokens in tails: the rank that has each, and where it is among the rows of that rank."""
         tail_T = torch.bucketize(tokens_T, torch.tensor(self.edges[1:]), right=True)
@@ -125,8 +129,7 @@ class Tails(nn.Module):
         super().__init__()
         self.table = Tied(rows_SD)
         self.shards, self.rank, self.wire = shards, rank, wire
-        self.places_S = torch.cat([torch.arange(piece.start, piece.stop) for piece in shards.pieces(rank)]).to(
-            rows_SD.device)                       # of the table. No buffer: DDP would give all ranks those of the first
+        self._rows_S = shards.rows(rank).to(rows_SD.device)      # no buffer, which DDP would give to all ranks
 
     def embed(self, reads: Reads) -> Tensor:
         """[R, D], in the order of reads.places_R."""
@@ -136,7 +139,7 @@ class Tails(nn.Module):
     def send(self, states: Sequence[Tensor], targets: Sequence[Tensor], bias_V: Tensor, reads: Reads) -> Sent:
         """Begins to send the states [R, D] of targets [R] in each tail, counted from its first, to all ranks.
         `bias_V`: of the whole table."""
-        sent = Sent(reads.known, self, self.table.weight(), bias_V.index_select(0, self.places_S))
+        sent = Sent(reads.known, self, self.table.weight(), bias_V.index_select(0, self._rows_S))
         state_MD = sent.padded(states)
         sent.states = _Gather.apply(state_MD.to(computing_in(state_MD)), sent)
         sent.targets, sent.telling = _gathering(sent.padded(targets, -1))
@@ -212,15 +215,13 @@ class Split:
         self._tables, self._optimizer, self._model = tables, optimizer, model
         for table in tables:
             whole = table[0]
-            tails = Tails(whole.detach()[0:0], Shards((*table.cutoffs, len(whole)), ranks), rank, wire)
-
-            def divided(x: Tensor, tails: Tails = tails) -> list[Tensor]:
-                return [x[:tails.shards.edges[0]].clone(), x[tails.places_S]]
-            head, tails.table[0] = (nn.Parameter(x) for x in divided(whole.detach()))
-            table[0], table.tails = head, tails
-            state = {key: divided(x) if x.shape == whole.shape else [x.clone(), x.clone()]
-                     for key, x in optimizer.state.get(whole, {}).items()}
-            self._move([whole], [head, tails.table[0]], [{key: x[i] for key, x in state.items()} for i in (0, 1)])
+            shards = Shards((*table.cutoffs, len(whole)), ranks)
+            parts = [rows.to(whole.device) for rows in (torch.arange(table.head), shards.rows(rank))]
+            head, rows = (whole.detach()[part] for part in parts)
+            table[0], table.tails = nn.Parameter(head), Tails(rows, shards, rank, wire)
+            self._move([whole], list(table.parameters()), [
+                {key: x[part] if x.shape == whole.shape else x.clone()
+                 for key, x in optimizer.state.get(whole, {}).items()} for part in parts])
         cast(Any, optimizer).split = self.pairs   # for those that go by norms
 
     @property
