@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import os
 import pickle
@@ -9,7 +10,8 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from types import SimpleNamespace
+from typing import Any, NoReturn, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -92,8 +94,9 @@ class World:
         theirs = {id(p) for table in tied for p in table.parameters()}
         own = [name for name, p in model.named_parameters() if id(p) in theirs]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, own)
-        ddp = DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib)
+        with _without_dynamo():
+            ddp = _Parallel(model, device_ids=[self.device] if self.device.type == "cuda" else None,
+                            gradient_as_bucket_view=True, bucket_cap_mb=bucket_mib)
         if wire != "fp32":
             ddp.register_comm_hook(None, exchange.hook(wire))
         for table in tied:
@@ -105,6 +108,27 @@ class World:
         if more and isinstance(model, DistributedDataParallel):
             return model.no_sync()
         return contextlib.nullcontext()
+
+
+class _Parallel(DistributedDataParallel):
+    """torch wraps this call to keep it out of torch.compile, and for that imports torch._dynamo, as for an optimizer's
+    (engine/optim.py). Layers alone are compiled here, which are below it."""
+    _inside_ddp_forward = contextlib.contextmanager(inspect.unwrap(DistributedDataParallel._inside_ddp_forward))
+
+
+@contextlib.contextmanager
+def _without_dynamo() -> Iterator[None]:
+    """Where it is not loaded yet, DDP, which only asks for a setting of torch.compile's, hears the default."""
+    if "torch._dynamo" in sys.modules:
+        yield
+        return
+    stand_in = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer"))
+    cast(Any, torch)._dynamo = stand_in
+    try:
+        yield
+    finally:
+        if torch.__dict__["_dynamo"] is stand_in:
+            del torch.__dict__["_dynamo"]          # the next to ask for it loads it
 
 
 @contextlib.contextmanager

@@ -1,6 +1,10 @@
 """What ranks tell each other, over real gloo."""
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -51,3 +55,22 @@ def test_what_one_rank_asks_all_ranks_hear_later(flag):
 def _ask(flag):
     with world() as w:
         return w.any_later(flag and w.rank == 1)()
+
+
+WITHOUT_DYNAMO = """
+import sys, torch
+import torch.distributed as dist
+from engine.world import World
+dist.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+layer = torch.nn.Linear(3, 1)
+model = World(0, 0, 2, torch.device("cpu")).parallel(layer)
+model(torch.ones(2, 3)).sum().backward()
+print(layer.weight.grad.tolist(), "torch._dynamo" in sys.modules)
+print(torch._dynamo.utils.get_optimize_ddp_mode(), "torch._dynamo" in sys.modules)
+"""
+
+
+def test_a_step_of_several_ranks_does_not_load_torch_dynamo_and_who_wants_it_has_it(tmp_path):
+    done = subprocess.run([sys.executable, "-c", WITHOUT_DYNAMO, tmp_path / "store"], cwd=Path(__file__).parents[2],
+                          capture_output=True, text=True, timeout=300)
+    assert done.stdout == "[[2.0, 2.0, 2.0]] False\nddp_optimizer True\n", done.stderr
