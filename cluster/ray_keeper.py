@@ -141,6 +141,9 @@ def environment(token: str, *, alone: bool = True) -> dict[str, str]:
     return ours | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
         "RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token,
+        # Nobody looks at these, and each is a Python that starts, or a process that is never idle.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_enable_metrics_collection": "0",
+        "RAY_prestart_worker_first_driver": "0",
         # Ray puts its node's address in the place of 127.0.0.1, and listens on all, except where it is told that this
         # machine is of a kind that it does not build clusters of.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": str(int(not alone))}

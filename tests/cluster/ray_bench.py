@@ -81,9 +81,6 @@ class Bench:
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
                 env=ray_keeper.environment(TOKEN) | {
                     "HOME": str(self.home), "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-                    # Nobody looks at these, and each is a process more, or one that is never idle
-                    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0", "RAY_enable_metrics_collection": "0",
-                    "RAY_prestart_worker_first_driver": "0",
                     "RAY_worker_niceness": "0"})          # on a busy machine ranks that are nice starve
 
     def _whole(self) -> bool:
