@@ -248,10 +248,18 @@ def _gpus() -> tuple[str, ...]:
     return tuple(map(str, range(count)))
 
 
-def free_port() -> int:
+def free_port(address: str = "127.0.0.1") -> int:
+    """Free there, "" for everywhere, and for a minute only for who names it: a connection that was closed there keeps
+    the system from giving it to any program that asks for some port, while the one that this is for starts."""
     with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((address, 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)) as other:
+            listener.accept()[0].close()          # this end is the first to close, and so the one that lingers
+            other.recv(1)
+        return port
 
 
 def _kill(pids: list[int]) -> None:

@@ -3,10 +3,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
+
+from cluster.local import free_port
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([                  # torch._dynamo: the first step of any optimizer would import it
@@ -15,10 +16,7 @@ _context.set_forkserver_preload([                  # torch._dynamo: the first st
 
 def run_ranks(size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(*args) in `size` processes at once; their results by rank. The first exception is raised here."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    pipes, processes = [], []
+    port, pipes, processes = free_port(), [], []
     for rank in range(size):
         here, there = _context.Pipe(duplex=False)
         process = _context.Process(target=_rank, args=(rank, size, port, function, args, there))

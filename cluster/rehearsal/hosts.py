@@ -24,6 +24,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.local import free_port
 from cluster.rehearsal import keeper, sshd
 
 if TYPE_CHECKING:
@@ -235,7 +236,7 @@ class Hosts:
     next, in the order of launch; when it is empty they are as they should be."""
 
     def __init__(self, folder: Path, tmp: Path, facts: Callable[[str], Facts]):
-        self.port, self.next, self.all = sshd.free_port(), list[Knobs](), dict[str, Host]()
+        self.port, self.next, self.all = free_port(""), list[Knobs](), dict[str, Host]()
         self.aws = ""                             # address of what stands for AWS; set before there are machines
         self._folder, self._tmp, self._facts = folder, tmp, facts
 

@@ -5,7 +5,6 @@ import getpass
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,8 +44,3 @@ def user() -> str:
     return getpass.getuser()
 
 
-def free_port() -> int:
-    """Free on every address at this moment."""
-    with socket.socket() as listener:
-        listener.bind(("", 0))
-        return listener.getsockname()[1]

@@ -21,6 +21,7 @@ from pathlib import Path
 import pytest
 
 from cluster import among, ssh
+from cluster.local import free_port
 from cluster.rehearsal import sshd
 from cluster.rehearsal.sshd import SSHD
 from cluster.ssh import Host, Shell
@@ -134,7 +135,7 @@ class Machines:
     def __init__(self, folder: Path, count: int):
         laptop = folder / "a laptop's \"100%\""                            # what ssh_config must quote
         self.key = ssh.key(laptop)
-        self.port = sshd.free_port()
+        self.port = free_port("")
         authorized = self.key.with_suffix(".pub").read_text()
         self.all = [Machine(folder / f"machine-{i}", f"127.77.0.{i + 1}", self.port, authorized) for i in range(count)]
         self.hosts = [Host(i, machine.address, machine.address, f"i-{i:08x}") for i, machine in enumerate(self.all)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import urllib.request
@@ -183,7 +184,7 @@ def answers(url: str) -> bool:
 def test_tensorboard_is_there_until_the_run_ends(jobs, capsys):
     job = jobs(SLEEPS, tensorboard=True)
     url = re.search(r"TensorBoard until the run ends: (http://127\.0\.0\.1:\d+)\n", capsys.readouterr().out)[1]
-    until(lambda: answers(url), limit_s=60)
+    until(lambda: answers(url))
     os.kill(job._agents[0].pid, signal.SIGTERM)
     assert ended(job) == (-signal.SIGTERM,)
     job.close()
@@ -198,7 +199,7 @@ def test_tensorboard_ends_with_the_run_where_no_launcher_is_left(jobs):
                           stdout=subprocess.PIPE, text=True, check=False)
     agent = int(Path("runs/x/lock").read_text().split()[1].rstrip(","))
     try:
-        until(lambda: answers(done.stdout.split()[-1]), limit_s=60)
+        until(lambda: answers(done.stdout.split()[-1]))
     finally:
         os.kill(agent, signal.SIGKILL)
     until(lambda: not alive(agent) and not answers(done.stdout.split()[-1]))
@@ -231,3 +232,14 @@ def test_a_run_that_has_a_checkpoint_of_its_own_needs_none_to_start_from():
 def test_only_the_gpus_that_the_user_lets_be_seen_are_used(visible, gpus, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert local.survey(wish(tiny)).gpus == gpus
+
+
+def test_a_free_port_is_in_use_for_all_but_programs_that_listen_there_by_its_name():
+    """The system itself gives a port to who asks for any only where a plain bind could have it."""
+    port = local.free_port()
+    with socket.socket() as plain, pytest.raises(OSError, match="in use"):
+        plain.bind(("127.0.0.1", port))
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen()

@@ -17,9 +17,9 @@ import pytest
 from cluster import reach, remote, run
 from cluster.backends import LOST
 from cluster.follow import failure, unlogged
+from cluster.local import free_port
 from cluster.plan import torchrun
 from cluster.rehearsal import keeper
-from cluster.rehearsal.sshd import free_port
 from cluster.remote import RemoteJob
 from cluster.run import TENSORBOARD, Broken, port_of
 from configs import tiny
@@ -68,7 +68,7 @@ def start(trio, tmp_path, monkeypatch):
             machine.start()
     for job in jobs:
         for thread in job._threads:
-            thread.join(20)
+            thread.join(120)
             assert not thread.is_alive()
 
 
@@ -241,7 +241,7 @@ def test_a_full_disk_here_is_said_and_following_goes_on_when_there_is_room(start
         assert until(lambda: job.poll() or logged(0, "later"))
         job._over.set()
         for thread in job._threads:
-            thread.join(20)
+            thread.join(120)
 
 
 @pytest.mark.slow

@@ -29,6 +29,7 @@ from cluster import deliver, doors, ec2, ssh, verbs, verbs_mosh, verbs_ssh, verb
 from cluster.__main__ import VERBS, main, split
 from cluster.ec2 import Cloud, Instance, Thing
 from cluster.journal import Journal, home, owner_name
+from cluster.local import free_port
 from cluster.rehearsal import sshd
 from cluster.rehearsal.ec2 import StrictEc2
 from cluster.run import Refused
@@ -379,7 +380,7 @@ def test_an_empty_list_of_prices_is_not_kept(bench, capsys, monkeypatch):
 @pytest.fixture
 def two(bench, tmp_path, monkeypatch):
     """A cluster of two whose machines are sshds, with a run that has written what runs write."""
-    there, port = launched(bench, "one", 2), sshd.free_port()
+    there, port = launched(bench, "one", 2), free_port("")
     monkeypatch.setenv("TXL_SSH_PORT", str(port))
     authorized = ssh.key(home()).with_suffix(".pub").read_text()
     hosts = [Machine(tmp_path / f"machine-{x.node}", x.public or "", port, authorized, x.private) for x in there]
