@@ -46,7 +46,7 @@ def bash(checkout: Path, *command: str, active: Path | None, **env: str) -> subp
     path = [*([f"{active}/bin"] if active else []), os.defpath]
     clean = {name: x for name, x in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX", "PYTHONHOME")
              and not name.startswith("PIP_")}
-    return subprocess.run(["bash", *command], cwd=checkout, capture_output=True, text=True, timeout=60, env=clean | {
+    return subprocess.run(["bash", *command], cwd=checkout, capture_output=True, text=True, timeout=300, env=clean | {
         "PATH": os.pathsep.join(path), "TMPDIR": str(checkout / "tmp")} | env
         | ({"VIRTUAL_ENV": str(active)} if active else {}))
 

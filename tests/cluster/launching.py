@@ -4,7 +4,6 @@ The fixture `bench` (conftest.py) is as new for each test, and asserts after it 
 """
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +15,7 @@ from cluster.plan import Plan
 from cluster.rehearsal.bench import Bench
 from cluster.run import Stopped
 from engine.cli import parse
+from tests.waiting import wait_for
 
 SETTLE_S = 120                                    # the most that anything here is waited for
 
@@ -50,10 +50,7 @@ def launched(bench: Bench, *more: str, until: str = "Bringing the code") -> None
 
 
 def until(condition: Callable[[], Any], seconds: float = SETTLE_S) -> bool:
-    end = time.monotonic() + seconds
-    while not condition() and time.monotonic() < end:
-        time.sleep(.05)
-    return bool(condition())
+    return bool(wait_for(condition, seconds)[0])
 
 
 def requests(bench: Bench, action: str = "RunInstances") -> list[dict[str, Any]]:

@@ -86,7 +86,7 @@ class Slurm:
 
     def ask(self, *command: str) -> str:
         """What one of Slurm's commands prints."""
-        return subprocess.run(command, env=self.env, stdout=subprocess.PIPE, text=True, timeout=60, check=True).stdout
+        return subprocess.run(command, env=self.env, stdout=subprocess.PIPE, text=True, timeout=300, check=True).stdout
 
     def jobs(self) -> list[str]:
         """All that were ever submitted; no test lasts until Slurm forgets them."""
@@ -126,9 +126,9 @@ def slurm(root: Path) -> Iterator[Slurm]:
         for node in NODES:
             start("slurmd", "-D", "-N", node)
         until(lambda: subprocess.run(["sinfo", "--noheader", "--format=%T"], env=bench.env, capture_output=True,
-                                     timeout=60).stdout == b"idle\n", 60)
+                                     timeout=300).stdout == b"idle\n")
         yield bench
     finally:
-        guard.communicate(timeout=60)
+        guard.communicate(timeout=300)
         for daemon in daemons:
-            daemon.wait(timeout=60)
+            daemon.wait(timeout=300)

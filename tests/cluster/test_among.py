@@ -38,8 +38,8 @@ def test_those_that_fail_hang_or_are_gone_are_named_with_the_reason_and_the_othe
     shells = among.acquaint(them.shells)
     them[2].stop()
     began = time.monotonic()
-    said = [answer.said for answer in among.ask(shells, "echo $node; [ $node = 0 ] || exec sleep 60", timeout_s=2)]
-    assert time.monotonic() - began < 50          # of the 60 that it would take
+    said = [answer.said for answer in among.ask(shells, "echo $node; [ $node = 0 ] || exec sleep 600", timeout_s=4)]
+    assert time.monotonic() - began < 500         # of the 600 that it would take
     assert said[0] == Result(0, "0\n", "")
     assert isinstance(said[1], TimedOut)
     assert isinstance(said[2], Unreachable)
@@ -75,15 +75,15 @@ def test_where_node_0_has_no_room_for_an_answer_that_is_said(them):
 def test_a_question_that_hangs_can_be_interrupted(them):
     shells, began = among.acquaint(them.shells), time.monotonic()
     with pytest.raises(Interrupted):
-        among.run(shells, "sleep 60", timeout_s=70, interrupted=lambda: time.monotonic() - began > 1)
-    assert time.monotonic() - began < 50          # of the 60 that it would take
+        among.run(shells, "sleep 600", timeout_s=700, interrupted=lambda: time.monotonic() - began > 1)
+    assert time.monotonic() - began < 500         # of the 600 that it would take
 
 
 def test_when_each_has_answered_is_known_although_all_answers_come_at_once(them):
     shells = among.acquaint(them.shells)
     among.run(shells, "true")                     # connected
     sent = time.time()
-    answers = among.ask(shells, "[ $node != 1 ] || sleep 2; date +%s.%N")
+    answers = among.ask(shells, "[ $node != 1 ] || sleep 5; date +%s.%N")
     for said, after_s, until_s in answers:
         assert sent + after_s <= float(said.out) <= sent + until_s
     assert answers[2].until_s < answers[1].until_s - 1

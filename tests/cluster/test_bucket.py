@@ -157,7 +157,7 @@ def as_machine(bench: Bench, script: str) -> str:
     """What Python says on the first machine, with the keys of its role."""
     host = bench.hosts[bench.alive()[0].id]
     done = subprocess.run([sys.executable, "-c", f"import boto3\ns3 = boto3.client('s3')\n{script}"], text=True,
-                          env=host.environment | {"AWS_DEFAULT_REGION": "us-east-1"}, capture_output=True, timeout=60)
+                          env=host.environment | {"AWS_DEFAULT_REGION": "us-east-1"}, capture_output=True, timeout=300)
     return done.stdout + done.stderr
 
 

@@ -208,7 +208,7 @@ def test_ctrl_c_while_the_account_is_asked_is_answered_in_a_line(bench):
     asked = threading.Event()
     bench.ec2.fail("DescribeInstanceTypes", times=1, hang_s=5, status=500, when=lambda params: asked.set() or True)
     launcher = process(bench)
-    assert asked.wait(30)
+    assert asked.wait(120)
     launcher.send_signal(signal.SIGINT)
     said = launcher.communicate(timeout=120)[0]
     assert launcher.returncode == 130
@@ -283,7 +283,7 @@ def test_a_launcher_killed_before_the_reply_leaves_machines_that_the_same_comman
     sent, before = threading.Event(), len(bench.instances())
     bench.ec2.fail("RunInstances", hang_s=2, after=True, when=lambda params: sent.set() or True)
     launcher = process(bench)
-    assert sent.wait(60)
+    assert sent.wait(120)
     launcher.kill()
     launcher.communicate()
     person = adopted(bench)                       # at once: EC2 is still at work on the request
@@ -320,9 +320,9 @@ def test_a_second_ctrl_c_while_it_rolls_back_ends_the_machines_all_the_same(benc
     launcher = process(bench)
     reads_until(launcher, "2 machine(s) run")
     launcher.send_signal(signal.SIGINT)
-    assert ending.wait(30)
+    assert ending.wait(120)
     launcher.send_signal(signal.SIGINT)
-    said = launcher.communicate(timeout=60)[0]
+    said = launcher.communicate(timeout=300)[0]
     assert launcher.returncode == 130
     assert "The 2 machine(s) of this launch are terminated." in said
     assert len(bench.instances()) == before + 2

@@ -300,9 +300,9 @@ def test_a_training_outlives_a_closed_terminal_and_a_suspended_laptop_and_ctrl_c
 
     launcher = launch_until(f"goes on from step {step}")
     launcher.until("^step ", LAUNCH_S)
-    for _ in range(2):
-        launcher.ctrl_c()
-        time.sleep(.02)                           # signals of one kind that are pending at once are one
+    launcher.ctrl_c()
+    launcher.until("Ctrl-C again kills", LAUNCH_S)            # signals of one kind that are pending at once are one
+    launcher.ctrl_c()
     launcher.until("^Killing", LAUNCH_S)
     assert int(launcher.until(r"^Killed\. The last checkpoint is of step (\d+)", LAUNCH_S)[1]) >= step
     assert launcher.wait(LAUNCH_S) == 130

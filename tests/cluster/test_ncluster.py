@@ -33,7 +33,7 @@ class Ncluster:
 
     def __init__(self, folder: Path):
         self._venv, self.home = folder / "venv", folder / "home"
-        subprocess.run([sys.executable, "-m", "venv", self._venv], check=True, timeout=120)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self._venv], check=True, timeout=120)
         self._pip(*NEEDED)
         self._pip("--no-deps", "ncluster==0.1.91")
         (packages,) = self._venv.glob("lib/python*/site-packages")
@@ -51,13 +51,14 @@ class Ncluster:
 
     def _python(self, *words: str | Path, answer: str = "") -> str:
         done = subprocess.run([self._venv / "bin/python", *words], input=answer, capture_output=True, text=True,
-                              timeout=60, env=os.environ | {"HOME": str(self.home), "USER": owner_name()})
+                              timeout=300, env=os.environ | {"HOME": str(self.home), "USER": owner_name()})
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
     def _pip(self, *words: str) -> None:
-        done = subprocess.run([self._venv / "bin/pip", "--no-input", "install", "--no-cache-dir", "--retries=1",
-                               "--timeout=10", *words], capture_output=True, text=True, timeout=300)
+        done = subprocess.run([sys.executable, "-m", "pip", f"--python={self._venv / 'bin/python'}", "--no-input",
+                               "install", "--no-cache-dir", "--no-compile", "--retries=1", "--timeout=10", *words],
+                              capture_output=True, text=True, timeout=300)
         if done.returncode and "after connection broken" in done.stderr:
             pytest.skip(f"the package registry cannot be reached: {done.stderr.strip().splitlines()[-1]}")
         assert done.returncode == 0, done.stderr
@@ -103,7 +104,7 @@ def test_the_key_pair_by_which_ncluster_knows_us_opens_no_machine(ncluster, benc
             said.append(subprocess.run(
                 ["ssh", "-F", "none", "-i", pem, "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes", "-o",
                  "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-p", str(bench.hosts.port),
-                 f"{bench.user}@{machine.public}", "true"], capture_output=True, text=True, timeout=30).stderr)
+                 f"{bench.user}@{machine.public}", "true"], capture_output=True, text=True, timeout=300).stderr)
 
     while_there_are_machines(bench, act)
     assert [request["KeyName"] for request in requests(bench)] == [OURS]

@@ -90,7 +90,7 @@ def laptop(cluster, tmp_path) -> Iterator[Laptop]:
     for job in cluster.dashboard.jobs():          # of a test that failed
         if not job.ended:
             cluster.dashboard.stop(job.id)
-    until(lambda: all(job.ended for job in cluster.dashboard.jobs()), limit_s=60)
+    until(lambda: all(job.ended for job in cluster.dashboard.jobs()), LAUNCH_S)
 
 
 @needs_ray
@@ -159,7 +159,7 @@ def test_an_elastic_run_goes_on_with_the_machines_that_are_left_and_a_second_ctr
     training.ctrl_c()
     training.until(r"^Killed\. The last checkpoint is of step \d+\.", LAUNCH_S)
     assert training.wait(LAUNCH_S) == 130
-    assert until(lambda: all(job.ended for job in cluster.dashboard.jobs()), limit_s=60)
+    assert until(lambda: all(job.ended for job in cluster.dashboard.jobs()), LAUNCH_S)
 
 
 @needs_ray

@@ -53,7 +53,7 @@ class Node:
     def ends(self, script: str | None = None, *flags: str, **launch) -> tuple[int, str]:
         """Exit status and what it said."""
         process = self.starts(script, *flags, **launch)
-        return process.wait(20), process.stdout.read()
+        return process.wait(120), process.stdout.read()
 
     @property
     def told(self) -> dict:
@@ -233,7 +233,7 @@ def test_when_the_supervisor_is_killed_the_command_is_asked_to_end(node):
 def test_one_launch_runs_once(node):
     node.launches("echo here; sleep 1")
     pair = [node.starts(None), node.starts(None)]
-    assert [process.wait(20) for process in pair] == [0, 0]
+    assert [process.wait(120) for process in pair] == [0, 0]
     assert node.log.count("here\n") == 1
     said = "".join(process.stdout.read() for process in pair)
     assert "launch first of node 0 runs already" in said
@@ -318,10 +318,10 @@ def test_a_tensorboard_that_ends_or_is_not_there_harms_nothing_and_is_tried_agai
         board.chmod(0o755)
         for clock.now in (1059.0, 1060.0):
             job.tensorboard.keep()
-        job.tensorboard.process.wait(20)
+        job.tensorboard.process.wait(120)
         for clock.now in (1119.0, 1120.0):
             job.tensorboard.keep()
-        job.tensorboard.process.wait(20)
+        job.tensorboard.process.wait(120)
         job.kill()
     assert log.read_text() == "board\nboard\n"
 
@@ -378,7 +378,7 @@ def test_a_mirror_that_moves_nothing_is_not_waited_for_for_ever(node, monkeypatc
         job.mirror.keep()
         until((node.run_dir / "nodes/0.mirror").exists)
         job.finish_mirror()
-        job.mirror.process.wait(20)
+        job.mirror.process.wait(120)
     assert (node.run_dir / "nodes/moved").exists()
     assert not job.mirror.runs()
 
@@ -392,7 +392,7 @@ def test_a_full_disk_ends_no_training_and_its_end_is_told(tmp_path):
         beat = node.told["beat"]
         until(lambda: node.told["beat"] >= beat + 2)
         os.mkfifo(tmp_path / "go")                                    # an entry of no blocks
-        assert process.wait(20) == 0
+        assert process.wait(120) == 0
         assert (node.told["state"], node.told["status"]) == ("ended", 0)
         assert json.loads((node.lease / "run").read_text())["state"] == "succeeded"
         process.stdout.close()

@@ -622,7 +622,7 @@ def test_mosh_has_one_udp_port_open_to_this_address_alone_and_only_as_long_as_it
             program.until_it_ends(130)
         else:
             program.hang_up()
-            program.process.wait(20)
+            program.process.wait(120)
     assert udp(bench) == []
     granted = {action for statement in json.loads(POLICY.read_text())["Statement"]
                for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])}
@@ -742,7 +742,7 @@ class following:
     def __exit__(self, kind, error, trace):
         self.process.send_signal(signal.SIGINT)
         try:
-            assert self.process.wait(10) == 0 or error
+            assert self.process.wait(120) == 0 or error
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)           # what it has started holds its output open
@@ -778,14 +778,14 @@ class typing:
         os.close(self.keyboard)
 
     def until_it_says(self, text: bytes) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while text not in self.seen:
             assert time.monotonic() < deadline, self.seen
             assert self._reads() or self.process.poll() is None, self.seen
 
     def until_it_ends(self, status: int) -> None:
         """Typed once more now and then, as a person would: a terminal that is still being set up loses keys."""
-        deadline, again = time.monotonic() + 60, time.monotonic() + 5
+        deadline, again = time.monotonic() + 300, time.monotonic() + 5
         while self.process.poll() is None and time.monotonic() < deadline:        # read: a full terminal would block it
             self._reads()
             if self.typed and time.monotonic() > again:

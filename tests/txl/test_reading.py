@@ -116,7 +116,7 @@ def test_a_program_without_a_main_guard_may_read(tmp_path):
     """From standard input, too, which no other process could run again."""
     path = written(tmp_path / "text", random_text(0, 20_000))
     program = f"{PROGRAM}\nprint(WordVocab.count([Path({str(path)!r})]).hash)"
-    result = subprocess.run([sys.executable, "-"], input=program, capture_output=True, text=True, cwd=ROOT, timeout=60)
+    result = subprocess.run([sys.executable, "-"], input=program, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert (result.stdout.strip(), result.stderr) == (WordVocab.count([path]).hash, "")
 
 
@@ -134,6 +134,6 @@ except KeyboardInterrupt:
     with subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         first = parent.stderr.readline()
         parent.send_signal(number)
-        rest = parent.communicate(timeout=60)[1]          # to its end, which comes when no process holds it any more
+        rest = parent.communicate(timeout=300)[1]          # to its end, which comes when no process holds it any more
         assert parent.returncode == status
     assert all(line.isdigit() for line in [first.strip(), *rest.split()])       # and none had anything to complain of

@@ -156,7 +156,7 @@ def test_nothing_stays_however_the_bench_ends(tmp_path, sign):
         them = keeper.processes(folder)
         assert len(them) >= 6                     # on each: its sshd, the watchdog, and the shell that keeps it
         stage.send_signal(sign)
-        stage.wait(20)
+        stage.wait(120)
         eventually(lambda: not any(Path(f"/proc/{pid}").exists() for pid in them))
         eventually(lambda: not folder.exists())
     finally:

@@ -138,7 +138,7 @@ def test_a_machine_that_is_terminated_takes_all_its_processes_with_it(bench, lap
     laptop.aws.ec2.terminate_instances(InstanceIds=[first])
     laptop.aws.until("terminated", first)
     assert host.processes() == set()
-    assert began.wait(10) == 255
+    assert began.wait(120) == 255
     assert laptop.ssh(second, "true").returncode == 0
 
 
@@ -206,7 +206,8 @@ def test_knobs_make_a_machine_other_than_it_should_be(bench, laptop):
     eventually(lambda: laptop.ssh(poor, "true").returncode == 0)
     assert laptop.ssh(poor, "nvidia-smi -L | wc -l").stdout == "7\n"
     assert laptop.ssh(poor, "df -Pk . | awk 'NR == 2 { print $4 / 2 ^ 20 }'").stdout == "9\n"
-    assert 3590 < int(laptop.ssh(poor, "date +%s").stdout) - time.time() < 3610
+    asked = time.time()
+    assert asked + 3599 <= int(laptop.ssh(poor, "date +%s").stdout) <= time.time() + 3600
     assert laptop.ssh(poor, "fi_info -p efa").returncode == 0
     eventually(lambda: laptop.ssh(locked, "shutdown -P now").returncode == 0)
     eventually(lambda: laptop.ssh(late, "true").returncode == 0)
