@@ -11,6 +11,7 @@ import pytest
 from tests.once import once
 
 os.environ["OMP_NUM_THREADS"] = "1"               # tiny tensors gain nothing from more, and sums come out the same
+os.environ["TXL_PORTS"] = os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]   # else two runs of one name may meet
 for ignored in (signal.SIGINT, signal.SIGHUP):    # by nohup, or a shell's &: all that a test starts would inherit that
     if signal.getsignal(ignored) is signal.SIG_IGN:
         signal.signal(ignored, signal.default_int_handler if ignored == signal.SIGINT else signal.SIG_DFL)

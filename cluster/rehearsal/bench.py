@@ -45,7 +45,7 @@ class Bench:
 
     def __init__(self, folder: Path, *, region: str = "us-east-1", remove: bool = False):
         self.folder, self.region, self._remove = folder.resolve(), region, remove
-        self._stack = ExitStack()
+        self._stack, self._ports = ExitStack(), os.environ.get("TXL_PORTS", "0")
 
     def __enter__(self) -> Bench:
         """Raises RuntimeError where something it needs is not installed."""
@@ -87,7 +87,8 @@ class Bench:
             "AWS_ENDPOINT_URL": self.ec2.url, "AWS_ACCESS_KEY_ID": "rehearsal", "AWS_SECRET_ACCESS_KEY": "rehearsal",
             "AWS_DEFAULT_REGION": self.region, "AWS_EC2_METADATA_DISABLED": "true", "AWS_CONFIG_FILE": os.devnull,
             "AWS_SHARED_CREDENTIALS_FILE": os.devnull, "NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1",
-            "TXL_HOME": str(self.folder / "txl"), "TXL_SSH_PORT": str(self.hosts.port), "TXL_SSH_USER": self.user}
+            "TXL_HOME": str(self.folder / "txl"), "TXL_SSH_PORT": str(self.hosts.port), "TXL_SSH_USER": self.user,
+            "TXL_PORTS": self._ports}
 
     def advance(self, seconds: float) -> None:
         """What exists is `seconds` older: the watchdogs' clocks go forward, launch and end of machines back."""

@@ -56,7 +56,8 @@ def ssh(folder: Path) -> Iterator[World]:
         env = {name: value for name, value in os.environ.items() if not name.startswith(("AWS_", "TXL_"))}
         hosts = ",".join(f"{user()}@{machine.address}:{machine.port}" for machine in them.all)
         yield World(("--machines=2", f"--hosts={hosts}", "--skip_setup"),
-                    env | {"SSH_AUTH_SOCK": socket, "TXL_HOME": str(folder / "txl")})
+                    env | {"SSH_AUTH_SOCK": socket, "TXL_HOME": str(folder / "txl"),
+                           "TXL_PORTS": os.environ["TXL_PORTS"]})
 
 
 @contextlib.contextmanager

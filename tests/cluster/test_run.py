@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.run import Refused, Standing, newest_checkpoint, read_status, record, standing
+from cluster.run import MASTER, Refused, Standing, newest_checkpoint, port_of, read_status, record, standing
 from configs import tiny
 from engine.values import from_json, override
 
@@ -143,3 +143,13 @@ def test_weights_that_lie_under_others_must_be_there_too(tmp_path, monkeypatch):
     with pytest.raises(Refused, match="There is no checkpoint runs/gone"):
         standing(Path("runs/x"), recipe)
     assert recipe.inputs[-2:] == ("here", "runs/gone")
+
+
+def test_launches_that_know_nothing_of_each_other_may_be_told_ports_that_never_meet(monkeypatch):
+    def ports() -> set[int]:
+        return {port_of(f"run-{i}", MASTER) for i in range(500)}
+
+    monkeypatch.delenv("TXL_PORTS")               # the tests' own
+    usual = ports()
+    monkeypatch.setenv("TXL_PORTS", "1")
+    assert not usual & ports()
