@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import inspect
 import io
 import os
@@ -10,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
-from types import SimpleNamespace
 from typing import Any, NoReturn, TypeVar, cast
 
 import torch
@@ -113,7 +113,19 @@ class World:
 class _Parallel(DistributedDataParallel):
     """torch wraps this call to keep it out of torch.compile, and for that imports torch._dynamo, as for an optimizer's
     (engine/optim.py). Layers alone are compiled here, which are below it."""
-    _inside_ddp_forward = contextlib.contextmanager(inspect.unwrap(DistributedDataParallel._inside_ddp_forward))
+    if hasattr(DistributedDataParallel, "_inside_ddp_forward"):   # torch 2.11 to 2.13, which do not promise it
+        _inside_ddp_forward = contextlib.contextmanager(inspect.unwrap(DistributedDataParallel._inside_ddp_forward))
+
+
+class _StandIn:
+    """For a module: what is known of it; for anything else it is loaded."""
+
+    def __init__(self, module: str, **known: Any):
+        self._module = module
+        vars(self).update(known)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(importlib.import_module(self._module), name)
 
 
 @contextlib.contextmanager
@@ -122,7 +134,8 @@ def _without_dynamo() -> Iterator[None]:
     if "torch._dynamo" in sys.modules:
         yield
         return
-    stand_in = SimpleNamespace(utils=SimpleNamespace(get_optimize_ddp_mode=lambda: "ddp_optimizer"))
+    stand_in = _StandIn("torch._dynamo", utils=_StandIn("torch._dynamo.utils",
+                                                        get_optimize_ddp_mode=lambda: "ddp_optimizer"))
     cast(Any, torch)._dynamo = stand_in
     try:
         yield

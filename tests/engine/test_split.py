@@ -132,14 +132,15 @@ def _sent() -> list[tuple[str, int]]:
     """Bytes that a rank gives to each collective of a step."""
     events = list[tuple[str, int]]()
 
-    def noted(collective, given):
+    def noted(name, collective, given):
         def call(*args, **settings):
-            events.append((collective.__name__, args[given].nbytes))
+            events.append((name, args[given].nbytes))
             return collective(*args, **settings)
         return call
-    dist.all_reduce, dist.all_to_all_single = noted(dist.all_reduce, 0), noted(dist.all_to_all_single, 1)
-    engine.split._all_gather = noted(engine.split._all_gather, 1)
-    engine.split._reduce_scatter = noted(engine.split._reduce_scatter, 1)
+    dist.all_reduce, dist.all_to_all_single = noted("reduce", dist.all_reduce, 0), noted(
+        "swap", dist.all_to_all_single, 1)
+    engine.split._all_gather = noted("gather", engine.split._all_gather, 1)
+    engine.split._reduce_scatter = noted("scatter", engine.split._reduce_scatter, 1)
     with world() as w:
         net, parallel, _ = _split(w, "two ranks", "fp32")
         given = segment("two ranks", w.rank, 0)
@@ -153,13 +154,13 @@ def test_what_travels_of_the_tails_is_rows_that_are_read_and_states_of_targets()
     for events in run_ranks(2, _sent):
         *collectives, (_, read), (_, most) = events
         row, state = 8 * d, 8 * d
-        asked, fetched, back = [size for name, size in collectives if name == "all_to_all_single"]
+        asked, fetched, back = [size for name, size in collectives if name == "swap"]
         assert (asked, back) == (8 * read, row * read)
-        assert [(name, size) for name, size in collectives if name != "all_to_all_single"] == [
-            ("all_gather_single", state * most), ("all_gather_single", 8 * most),      # states and targets
-            ("all_reduce", 2 * 8 * 2 * most),                                          # sums over all words
-            ("all_gather_single", 8 * most), ("reduce_scatter_single", 2 * state * most),
-            ("all_reduce", head * row), ("all_reduce", head * row)]
+        assert [(name, size) for name, size in collectives if name != "swap"] == [
+            ("gather", state * most), ("gather", 8 * most),      # states and targets
+            ("reduce", 2 * 8 * 2 * most),                                          # sums over all words
+            ("gather", 8 * most), ("scatter", 2 * state * most),
+            ("reduce", head * row), ("reduce", head * row)]
         assert fetched % row == 0
 
 
