@@ -100,8 +100,8 @@ def slurm(root: Path) -> Iterator[Slurm]:
     (root / "state").mkdir()
     (root / "slurm.conf").write_text(CONF.format(
         host=host, port=free_port(), user=getpass.getuser(), root=root,
-        # A job's port follows from its id, and other tests have other Slurms on this machine.
-        first_job=1 + secrets.randbelow(1_000_000), nodes="\n".join(
+        # A job's port follows from its id, and other workers have other Slurms, and gangs at 20000 and on (conftest.py)
+        first_job=7000 + 400 * int(os.environ["TXL_PORTS"]), nodes="\n".join(
             f"NodeName={node} NodeHostname={host} NodeAddr=127.0.0.1 Port={free_port()} CPUs=2" for node in NODES)))
     (root / "epilog").write_text(f"#!/bin/sh\nwhile [ -e {root}/slow ]; do sleep .1; done\n")
     (root / "epilog").chmod(0o755)
