@@ -29,6 +29,7 @@ from engine.values import nearest
 KIND_FOR_LOCAL = "c5.xlarge"                      # of a config that is for the machine one types on
 NAME = f"rehearsal-{os.getpid()}"                 # a training's port goes by it, and another may be under way here
 LAUNCH_S = 600                                    # for a launcher to come to what is waited for
+ENDLESS = ("--set=recipe.stop.max_steps=1000000", "--set=recipe.clock.eval_interval=1000000")   # not over too soon
 PATIENCE_S = 60                                   # for watchdogs to act once their time has come
 
 
@@ -98,7 +99,7 @@ class Stage:
 
     def loses(self, which: int, how: str) -> bool:
         """Whether a training that loses a machine fails as it should."""
-        launcher = self.launch_until("^step ")
+        launcher = self.launch_until("^step ", *ENDLESS)
         self.bench.reclaim(self.bench.instances()[which].id)
         print(f"\n({how})\n", flush=True)
         return launcher.wait(LAUNCH_S) == 1
@@ -143,7 +144,7 @@ class Stage:
                          x.usd / x.hours if x.hours else None) for x in self.bench.bill()))
         subprocess.run([sys.executable, "-m", "cluster", "gc", "--yes"], cwd=CHECKOUT, env=self.bench.env,
                        check=False)
-        self.until(lambda: not self.bench.billable(), 5)          # what is shutting down needs a moment
+        self.until(lambda: not self.bench.billable())             # what is shutting down needs a moment
         left = [*self.bench.billable(), *self.bench.leftovers()]
         print("Left over: " + (", ".join(left) or "nothing."))
         return not left
@@ -164,11 +165,14 @@ def no_capacity(stage: Stage) -> bool:
 
 
 def launcher_dies(stage: Stage) -> bool:
-    """the launcher is killed while the machines train: the same command follows them again"""
-    launcher = stage.launch_until("^step ")
+    """the launcher is killed while the machines train: the same command follows them again, and Ctrl-C stops them"""
+    launcher = stage.launch_until("^step ", *ENDLESS)
     launcher.kill()
-    print("\n(the launcher is killed; the same command again)\n", flush=True)
-    return stage.launch() == 0
+    print("\n(the launcher is killed; the same command again, and Ctrl-C)\n", flush=True)
+    launcher = stage.launch_until("It is training there already: following it", *ENDLESS)
+    launcher.until("^step ", LAUNCH_S)
+    launcher.ctrl_c()
+    return launcher.wait(LAUNCH_S) == 130
 
 
 def launcher_dies_early(stage: Stage) -> bool:
@@ -204,12 +208,12 @@ def budget(stage: Stage) -> bool:
     """the budget is used up while the launcher is away: the machines end themselves, and none are launched any more"""
     from cluster.rehearsal.world import price
     usd_per_hour = stage.count * (1.25 * price(stage.kind, stage.market, "us-east-1a") + .05)
-    flag = f"--budget={usd_per_hour / 4:.2f}"     # for less than the 20 minutes without a sign of life
-    launcher = stage.launch_until("^step ", flag)
+    flags = (f"--budget={usd_per_hour / 4:.2f}", *ENDLESS)    # for less than the 20 minutes without a sign of life
+    launcher = stage.launch_until("^step ", *flags)
     launcher.kill()
     print("\n(the launcher is killed; 19 minutes later, and the same command again)\n", flush=True)
     stage.later(19 * 60)
-    return stage.until(lambda: not stage.bench.alive()) and stage.launch(flag) == 2
+    return stage.until(lambda: not stage.bench.alive()) and stage.launch(*flags) == 2
 
 
 DRILLS = {act.__name__: act for act in (capacity, no_capacity, throttled, launcher_dies, launcher_dies_early, interrupt,
