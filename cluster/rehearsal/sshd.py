@@ -42,5 +42,3 @@ def start(config: Path, log: Path, env: Mapping[str, str] | None = None) -> subp
 def user() -> str:
     """Whom to log in as: an sshd that is not root's lets nobody else in."""
     return getpass.getuser()
-
-
