@@ -44,5 +44,5 @@ def commit() -> str:
     """The commit, and whether anything but the tables differs from it."""
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=HERE).stdout.strip()
-    changed = git("status", "--porcelain", "--", ":/", ":!*.md")
+    changed = git("status", "--porcelain", "--", ":/", ":(top,exclude)*.md")
     return (git("describe", "--always") or "unknown") + ("-dirty" if changed else "")
