@@ -58,8 +58,9 @@ class Plan:
     terms: Terms = field(default_factory=Terms)
 
     def __post_init__(self):
-        """Raises ValueError where a rank would get nothing, or the run would go on with another batch."""
+        """Raises ValueError where so many ranks cannot train it, or the run would go on with another batch."""
         batch, ranks, before = self.config.recipe.batch, self.layout.ranks, self.standing
+        self.config.recipe.check_ranks(ranks)
         total = batch.total(ranks)
         if before.ranks is not None and (old := batch.total(before.ranks)) != total:
             raise ValueError(f"{self.run_dir} went up to step {before.step} with {old} sequences a step, "

@@ -242,6 +242,14 @@ class Recipe:
         if self.schedule.name == "finder" and not self.optim.peak_lr(1) > 0:
             raise ValueError("the finder begins at a thousandth of optim.lr, which must be above 0")
 
+    def check_ranks(self, ranks: int) -> None:
+        """Raises BadValue where so many cannot train this."""
+        total = self.batch.total(ranks)
+        if self.clock.split_tails and len({len(self.batch.micro_batches(rank, ranks)) for rank in range(ranks)}) > 1:
+            raise BadValue(f"clock.split_tails needs as many micro-batches on each rank, and {total} sequences in "
+                           f"pieces of {self.batch.micro_size} are not on {ranks} ranks. Use a batch that all can "
+                           f"share evenly")
+
     @property
     def frozen(self) -> tuple[str, ...]:
         """Patterns of all parameters that are not trained."""

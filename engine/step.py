@@ -16,7 +16,6 @@ from engine.precision import precision_for
 from engine.split import Split
 from engine.task import Step, Task
 from engine.tied import travelling_early
-from engine.values import BadValue
 from engine.watch import Timed
 from engine.weights import freeze
 from engine.world import World
@@ -28,6 +27,7 @@ class Learner:
     def __init__(self, world: World, task: Task, recipe: Recipe, model: nn.Module | None = None):
         """The same initial weights on every rank, by torch's generator, which it seeds, or `model`. Raises BadValue."""
         self.world, self.task, self.recipe = world, task, recipe
+        recipe.check_ranks(world.size)
         self.precision = precision_for(recipe.precision, world.device)
         self.batch_size = recipe.batch.total(world.size)
         self.peak_lr = recipe.optim.peak_lr(self.batch_size)
@@ -51,13 +51,10 @@ class Learner:
 
     def distribute(self) -> None:
         """From here on gradients are the mean over ranks, and tables with tails may be split: see `whole`. Once, when
-        all ranks have the weights to begin with. Raises BadValue."""
+        all ranks have the weights to begin with."""
         world, recipe = self.world, self.recipe
         tables = travelling_early(self.model)
         if recipe.clock.split_tails and world.size > 1 and tables:
-            if len({len(recipe.batch.micro_batches(rank, world.size)) for rank in range(world.size)}) > 1:
-                raise BadValue(f"clock.split_tails needs as many micro-batches on each rank, and {self.batch_size} "
-                               f"sequences on {world.size} ranks are not. Use a batch.size that is a multiple of both")
             self.split = Split(tables, world.rank, world.size, recipe.wire, self.optimizer, self.model)
             self._name_parameters()
         self.parallel = world.parallel(self.model, recipe.wire)

@@ -53,6 +53,8 @@ def launched(*argv: str) -> int | None:
     (["--config=tiny", "--machines=two"], "--machines takes a whole number"),
     (["--config=tiny", "--machines=0"], "machines.count=0: a cluster has at least 1 machine, not 0"),
     (["--config=tiny", "--machines=9"], "leaves some of the 9 ranks without a sequence"),
+    (["--config=tiny", "--machines=2", "--set=recipe.model.cutoffs=(200,400)", "--set=recipe.clock.split_tails=true",
+      "--set=recipe.batch.size=9", "--set=recipe.batch.micro_size=4"], "as many micro-batches on each rank"),
     (["--config=tiny", "--machines=2", "--set=machines.count=3"], "set the same thing"),
     (["--config=tiny", "--set", "recipe.optim.lr"], "is not an assignment"),
     (["--config=tiny", "--set", "recipe.optm.lr=1"], "Recipe has no field 'optm'. Did you mean 'optim'?"),
