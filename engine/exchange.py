@@ -1,4 +1,4 @@
-"""Gradients between ranks in 16 bits: hooks for DistributedDataParallel, which by itself sends float32."""
+"""Gradients between ranks in 16 bits: hooks for DistributedDataParallel, which by itself sends float32; gathering."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from engine.config import Wire
 
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor      # torch 2.11's name
 TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "bf16_feedback": torch.bfloat16}
 
 
@@ -35,6 +36,12 @@ def hook(wire: Wire) -> Callable[[Any, Any], torch.futures.Future[Tensor]]:
 def rounded(share: Tensor, wire: Wire) -> Tensor:
     """What travels of it; with fp32 that itself, no copy."""
     return share.to(TYPES.get(wire, share.dtype))
+
+
+def gathering(mine: Tensor) -> tuple[Tensor, dist.Work]:
+    """[ranks * M, ...] of [M, ...], once what comes with it is waited for."""
+    whole = mine.new_empty(dist.get_world_size() * len(mine), *mine.shape[1:])
+    return whole, _all_gather(whole, mine, async_op=True)
 
 
 class Remainder:

@@ -21,14 +21,12 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from engine.config import Wire, share_of
-from engine.exchange import rounded
+from engine.exchange import gathering, rounded
 from engine.fused import computing_in, product, product_into
 from engine.memory import empty_like
 from engine.tied import Tied
 
-# of torch 2.13; before it the names were others
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor    # torch 2.11's name
 
 
 @dataclass(frozen=True)
@@ -142,17 +140,17 @@ class Tails(nn.Module):
         sent = Sent(reads.known, self, self.table.weight(), bias_V.index_select(0, self._rows_S))
         state_MD = sent.padded(states)
         sent.states = _Gather.apply(state_MD.to(computing_in(state_MD)), sent)
-        sent.targets, sent.telling = _gathering(sent.padded(targets, -1))
+        sent.targets, sent.telling = gathering(sent.padded(targets, -1))
         return sent
 
     def joined(self, head_HD: Tensor, rows_SD: Tensor) -> Tensor:
         """[V, D] on every rank, of the head and each one's rows. Collective."""
         pieces = [self.shards.pieces(rank) for rank in range(self.shards.ranks)]
         most = max(sum(map(len, of_rank)) for of_rank in pieces)
-        gathered, gathering = _gathering(F.pad(rows_SD, (0, 0, 0, most - len(rows_SD))))
+        gathered, work = gathering(F.pad(rows_SD, (0, 0, 0, most - len(rows_SD))))
         whole_VD = head_HD.new_empty(self.shards.edges[-1], head_HD.size(1))
         whole_VD[:len(head_HD)] = head_HD
-        gathering.wait()
+        work.wait()
         for of_rank, rows in zip(pieces, gathered.split(most)):
             at = 0
             for piece in of_rank:
@@ -299,12 +297,6 @@ def _swap(x: Tensor, given: list[int], taken: list[int]) -> Tensor:
     return out
 
 
-def _gathering(mine: Tensor) -> tuple[Tensor, Any]:
-    """[ranks * M, ...] of [M, ...], once what comes with it is waited for."""
-    whole = mine.new_empty(dist.get_world_size() * len(mine), *mine.shape[1:])
-    return whole, _all_gather(whole, mine, async_op=True)
-
-
 class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, given: list[int], taken: list[int], wire: Wire) -> Tensor:
@@ -323,7 +315,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, state_MD: Tensor, sent: Sent) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.sent, ctx.dtype = sent, state_MD.dtype
-        gathered, sent.work = _gathering(state_MD)
+        gathered, sent.work = gathering(state_MD)
         return gathered
 
     @staticmethod
@@ -359,7 +351,7 @@ class _TailNll(torch.autograd.Function):
         sent, (weight_SD, *saved) = ctx.sent, ctx.saved_tensors
         own, x, d_scores = [len(piece) for piece in sent.pieces], saved[:len(saved) // 2], saved[len(saved) // 2:]
         sent.grad_M = sent.padded(grads)
-        everyones, telling = _gathering(sent.grad_M)
+        everyones, telling = gathering(sent.grad_M)
         back = [product(d_AS, w_SD.to(d_AS.dtype).t()).unflatten(0, (sent.ranks, -1))
                 for d_AS, w_SD in zip(d_scores, weight_SD.split(own))]
         sent.states = rounded(torch.cat(back, dim=1).flatten(0, 1), sent.wire)

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.config import Wire
-from engine.exchange import rounded
+from engine.exchange import gathering, rounded
 from engine.scaling import gathers
 
 if TYPE_CHECKING:
@@ -124,7 +124,11 @@ class TableExchange:
             self._lost[:head] += of_head - sent_head
             self._lost.index_add_(0, ids_M, rows_MD - sent_MD)
         sending_head = dist.all_reduce(sent_head, async_op=True)
-        ids, rows = (_gathered(x, ranks) if most else x for x in (ids_M, sent_MD))
+        ids, rows = ids_M, sent_MD
+        if most:
+            (ids, sending_ids), (rows, sending_rows) = gathering(ids_M), gathering(sent_MD)
+            sending_ids.wait()
+            sending_rows.wait()
         self._sending.wait()
         if self._sent is not grad:
             grad.copy_(self._sent)
@@ -189,13 +193,6 @@ class _Send(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         ctx.exchange.send(grad)
         return grad, None
-
-
-def _gathered(mine: Tensor, ranks: int) -> Tensor:
-    """[ranks * M, ...] of [M, ...]."""
-    whole = mine.new_empty(ranks * len(mine), *mine.shape[1:])
-    dist.all_gather(list(whole.chunk(ranks)), mine)
-    return whole
 
 
 def _add_rows_(table: Tensor, ids: Tensor, rows: Tensor) -> None:

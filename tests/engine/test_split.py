@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.testing import assert_close
 
 import engine.split
-from engine import checkpoint
+from engine import checkpoint, exchange
 from engine.config import Batch, Optim, Stop, Wire
 from engine.split import Shards, Split
 from engine.step import Learner
@@ -138,7 +138,7 @@ def _sent() -> list[tuple[str, int]]:
         return call
     dist.all_reduce, dist.all_to_all_single = noted("reduce", dist.all_reduce, 0), noted(
         "swap", dist.all_to_all_single, 1)
-    engine.split._all_gather = noted("gather", engine.split._all_gather, 1)
+    exchange._all_gather = noted("gather", exchange._all_gather, 1)
     engine.split._reduce_scatter = noted("scatter", engine.split._reduce_scatter, 1)
     with world() as w:
         net, parallel, _ = _split(w, "two ranks", "fp32")

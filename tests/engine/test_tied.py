@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from engine import exchange
 from engine.config import Wire
 from engine.fused import Part, softmax_nll
 from engine.tied import Tied
@@ -149,13 +150,13 @@ def _sent(read: Read) -> list[tuple[str, int]]:
     """What a step does, in its order: collectives, with the elements that a rank gives, and other gradients."""
     events = list[tuple[str, int]]()
 
-    def noted(collective):
+    def noted(name, collective, given):
         def call(*args, **settings):
-            events.append((collective.__name__, args[-1 if collective is gather else 0].numel()))
+            events.append((name, args[given].numel()))
             return collective(*args, **settings)
         return call
-    gather = dist.all_gather
-    dist.all_reduce, dist.all_gather = noted(dist.all_reduce), noted(gather)
+    dist.all_reduce = noted("all_reduce", dist.all_reduce, 0)
+    exchange._all_gather = noted("all_gather", exchange._all_gather, 1)
     with world() as w:
         net = Net(True)
         net.layer.register_hook(lambda grad: events.append(("the layer's gradient is made", grad.numel())))
