@@ -146,7 +146,7 @@ def predicted(flags: Flags, assumed: Assumptions) -> Iterator[str]:
     yield f"- Compute, {1000 * compute_s:.1f} ms for {work.tokens:,} tokens on one GPU: {source}{faster}."
     yield (f"- Gradients in {work.bits} bits, MB: head {sent.head / 1e6:.0f}, tails {sent.tails / 1e6:.0f}, rest "
            f"{sent.rest / 1e6:.0f}; {TAIL_SHARE:.1%} of the tokens in the tails (of wikitext-103's words; assumed).")
-    yield f"- The engine's is {work.today!r}, by recipe.optim.exchange."
+    yield f"- The engine's is {work.today!r}, by recipe.optim.exchange and recipe.clock.split_tails."
     yield f"- Inside a machine {links.nvlink / 1e9:g} GB/s: {kind.nvlink_source}."
     yield f"- Between machines {links.nic / 1e9:g} GB/s: {nic}."
     yield (f"- {assumed.overlap:.0%} of compute can hide what is ready early; GPUs deviate by {assumed.spread:.0%} "
